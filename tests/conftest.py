@@ -91,6 +91,15 @@ def without(monkeypatch):
     assert not uncalled, f"switched off, and never called: {sorted(uncalled)}"
 
 
+@pytest.fixture
+def flower_task(monkeypatch):
+    """This process as a task that Flower started: task, run and node 7."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 7)
+
+
 LONGEST = (
     "test_contract.py", "test_crash_points.py", "test_readme.py", "test_transfer.py", "test_chaos.py",
     "test_absences.py", "test_hostile_coordinator.py", "test_up.py", "test_traffic.py", "test_tutorials.py",

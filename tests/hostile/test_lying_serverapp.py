@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedcore.secagg import protections
 from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Request
@@ -29,10 +28,7 @@ from tests.unit.clients.test_flower import app_of, record, secure
 NODES = dict(zip(NAMES, range(100, 104), strict=True))
 
 
-@pytest.fixture(autouse=True)
-def _flower_task(monkeypatch):
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 7)
+pytestmark = pytest.mark.usefixtures("flower_task")
 
 
 class Stopped(Exception):

@@ -7,17 +7,12 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as strategies
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedcore.errors import Abandoned, BadInput, PlanRefused, Refused
 from fedcore.flower import SecureAggregation, secure_mod, write_identities
 from tests.support.flower_grid import NAMES, grid_of
 
-
-@pytest.fixture(autouse=True)
-def _flower_task(monkeypatch):
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 7)
+pytestmark = pytest.mark.usefixtures("flower_task")
 
 
 MODEL = {

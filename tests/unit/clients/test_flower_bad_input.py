@@ -20,17 +20,12 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedcore.errors import BadInput, FedcoreError, PlanRefused, Refused
 from fedcore.flower import SecureAggregation, secure_mod
 from tests.support.flower_grid import NAMES, grid_of
 
-
-@pytest.fixture(autouse=True)
-def _flower_task(monkeypatch):
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 7)
+pytestmark = pytest.mark.usefixtures("flower_task")
 
 
 MODEL = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32), "count": np.array(3)}

@@ -14,7 +14,6 @@ from fedcore_clients import flower_mod
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedcore.errors import BadInput, Refused
 from fedcore.experiment.prepare import job_for, prepare
@@ -28,10 +27,7 @@ EXAMPLE = Path(__file__).resolve().parents[3] / "docs/examples/flower-secagg"
 PLACES = 4
 
 
-@pytest.fixture(autouse=True)
-def _flower_task(monkeypatch):
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 7)
+pytestmark = pytest.mark.usefixtures("flower_task")
 
 
 @pytest.fixture
