@@ -101,7 +101,7 @@ def engine(
     """Measure rounds of a deployment without training. Real processes, TLS, journals, masks, keys."""
 
 
-@_bench("flower", "{sites} sites, on Flower's deployment and on ours")
+@_bench("two_engines", "{sites} sites, on Flower's deployment and on ours")
 def flower(
     apps: Annotated[list[Path], typer.Argument(help="Flower apps: folders that `flwr run` takes.")],
     rounds: Annotated[int, typer.Option(help="Rounds; the first is not timed.")] = 3,

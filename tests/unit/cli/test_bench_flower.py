@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("flwr")
 from support.flower_apps import SERVER, flower_app
 
-from fedcore.bench import flower
+from fedcore.bench import two_engines
 from fedcore.bench.engine import children_of
 from fedcore.bench.flower_engine import SuperLink, process_of, program, run_app, watched
 from fedcore.bench.flower_engine import _end as end
@@ -332,7 +332,7 @@ FOUND = {
 
 
 def test_screen_has_both_engines_side_by_side_and_what_differs_between_them():
-    words = as_text(flower.page(FOUND), 110)
+    words = as_text(two_engines.page(FOUND), 110)
     assert ["digits", "3", "86.6", "13.8", "54.41", "0.869", "63"] in [
         line.split() for line in words.splitlines()
     ]
@@ -354,14 +354,14 @@ def test_screen_has_both_engines_side_by_side_and_what_differs_between_them():
 def test_difference_that_is_none_has_no_minus_sign():
     found = json.loads(json.dumps(FOUND))
     found["rows"][0]["metrics"]["accuracy"]["difference"] = -1.1e-16
-    assert "+0.0000" in as_text(flower.page(found), 110)
+    assert "+0.0000" in as_text(two_engines.page(found), 110)
 
 
 def test_screen_says_where_flower_does_not_evaluate():
     found = json.loads(json.dumps(FOUND))
     found["rows"][0]["flower"]["evaluates"] = False
     assert "digits: no evaluation on Flower, as its strategy says" in as_text(
-        flower.page(found), 110
+        two_engines.page(found), 110
     )
 
 
