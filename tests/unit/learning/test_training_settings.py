@@ -239,7 +239,7 @@ def test_arms_that_train_alone_have_the_schedule_and_no_proximal_term():
         for train in (own, None):
             prepared = prepare(*job_for(task(train=train), settings))
             seen.clear()
-            arm = Alone(prepared, prepared.sites, pooled=pooled)
+            arm = Alone(prepared, prepared.sites, prepared.pooled() if pooled else None)
             arm.step(1), arm.step(3)
             if train is not None:
                 expected = [
@@ -250,7 +250,7 @@ def test_arms_that_train_alone_have_the_schedule_and_no_proximal_term():
                 assert seen == expected
             else:
                 without = prepare(*job_for(task(), settings | {"proximal_mu": 0.0}))
-                other = Alone(without, without.sites, pooled=pooled)
+                other = Alone(without, without.sites, without.pooled() if pooled else None)
                 other.step(1), other.step(3)
                 same = [a.module.state_dict() for a in arm._own]
                 for a, b in zip(same, (o.module.state_dict() for o in other._own), strict=True):

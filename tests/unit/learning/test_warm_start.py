@@ -74,8 +74,8 @@ def test_every_arm_begins_with_the_model_of_a_run(tmp_path):
         state = prepared.federation.state.server
         assert model_digest(state.model) == run.result.model_sha256
         expected = run.model.state_dict()
-        for pooled in (True, False):
-            for own in Alone(prepared, prepared.sites, pooled=pooled)._own:
+        for pooled in (prepared.pooled(), None):
+            for own in Alone(prepared, prepared.sites, pooled)._own:
                 found = own.module.state_dict()
                 assert all(torch.equal(found[name], expected[name]) for name in expected)
     again = fedcore.simulate(task(), out=tmp_path / "again", initial=tmp_path / "run", **PLAIN)
