@@ -201,7 +201,7 @@ def _here(app: Path, name: str, sites: int, rounds: int, config: str, folder: Pa
 def page(found: Json) -> RenderableType:
     """The output of `fedcore bench flower` for a terminal."""
     seconds = grid(
-        "app", "rounds", "to the first, Flower", "Fedcore", "s a round, Flower", "Fedcore", "factor"
+        "app", "rounds", "start, Flower", "Fedcore", "s a round, Flower", "Fedcore", "factor"
     )
     metrics = grid("app", "metric", "Flower", "Fedcore", "difference", "test rows")
     for row in found["rows"]:
@@ -226,7 +226,7 @@ def _notes(found: Json) -> list[str]:
         f"load {min(_loads(rows)):.1f} to {max(_loads(rows)):.1f}; {found['sites']} sites, a process each, loopback",
         f"Flower's deployment without TLS (--insecure) and without secure aggregation; Fedcore's with mutual TLS, "
         f"journals, and {found['protection']} protection",
-        "a round: train and evaluate at every site, median of those after the first; to the first: from the "
+        "a round: train and evaluate at every site, median of those after the first; start: from the "
         "submission to the end of round 1",
     ]
     if silent := [row["app"] for row in rows if not row["flower"]["evaluates"]]:
