@@ -430,7 +430,9 @@ def _refuse_loss(task: Task, site: SiteId, outputs: Tensor, targets: Tensor) -> 
         raise BadInput(
             f"{where}: task.loss: found outputs of shape {tuple(outputs.shape)} and targets of shape "
             f"{tuple(targets.shape)}, which it broadcasts to every pair of two rows, expected one shape",
-            remedy="outputs.squeeze(1) in the loss, or targets.unsqueeze(1)",
+            remedy="outputs.squeeze(1) in the loss, or targets.unsqueeze(1)"
+            if outputs.shape != targets.shape
+            else "the loss reshapes one of them: squeeze both, or neither",
         )
 
 
@@ -468,10 +470,11 @@ def _dtype_cause(outputs: Tensor, targets: Tensor, said: str) -> tuple[str, str]
 
 
 def _pairs_all(loss: Callable[[Any, Any], Any], outputs: Tensor, targets: Tensor) -> bool:
-    """Whether (n, 1) meets (n,) in a loss that compares every output with every target: it is then the same however
-    the targets are ordered, though not whatever they are."""
+    """Whether (n, 1) meets (n,), here or inside a loss, so that it compares every output with every target: it is
+    then the same however the targets are ordered, though not whatever they are, and the sum or a mean over pairs."""
     rows = len(targets)
-    if {tuple(outputs.shape), tuple(targets.shape)} != {(rows,), (rows, 1)} or rows < 2:
+    columns = {(rows,), (rows, 1)}
+    if not {tuple(outputs.shape), tuple(targets.shape)} <= columns or rows < 2:
         return False
     ordered = targets.reshape(-1).sort().values.reshape(targets.shape)
     if bool(ordered[0] == ordered[-1]):
@@ -479,9 +482,13 @@ def _pairs_all(loss: Callable[[Any, Any], Any], outputs: Tensor, targets: Tensor
     same = ordered.to(torch.float64).reshape(outputs.shape)
     floating = ordered.to(torch.float64) if targets.is_floating_point() else ordered
     others = (floating, floating.flip(0), floating[:1].expand_as(floating))
+    ends = same[[0, -1]], floating[[0, -1]]
     try:
         here, turned, constant = (float(loss(same, each)) for each in others)
+        pairs = sum(float(loss(o[None], t[None])) for o in ends[0] for t in ends[1])
+        both = float(loss(*ends))
     except (RuntimeError, ValueError, TypeError, IndexError):  # a loss with needs of its own
         return False
     close = 1e-9 * max(abs(here), abs(turned))
-    return abs(here - turned) <= close < abs(here - constant)
+    over_pairs = min(abs(both - pairs / share) for share in (1, 2, 4)) <= 1e-6 * abs(pairs)
+    return over_pairs and abs(here - turned) <= close < abs(here - constant)

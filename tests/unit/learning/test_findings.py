@@ -230,6 +230,28 @@ def test_a_loss_that_pairs_every_output_with_every_target_is_refused(loss):
     "loss",
     [
         lambda outputs, targets: functional.mse_loss(outputs.squeeze(1), targets),
+        lambda outputs, targets: functional.l1_loss(outputs, targets.squeeze(1)),
+        lambda outputs, targets: ((outputs[:, 0] - targets) ** 2).sum(),
+        lambda outputs, targets: ((outputs - targets.reshape(-1)) ** 2).sum() / len(targets),
+    ],
+)
+def test_a_loss_that_reshapes_one_of_two_columns_is_refused(loss):
+    columns = {"data": lambda s: (numbers(s)[0], numbers(s)[1][:, None]), "metrics": ("mse",)}
+    said, remedy = refused(model=lambda: nn.Linear(4, 1), loss=loss, **columns)
+    assert "outputs of shape (48, 1) and targets of shape (48, 1), which it broadcasts" in said
+    assert remedy == "the loss reshapes one of them: squeeze both, or neither"
+    for right in (
+        nn.MSELoss(),
+        lambda outputs, targets: functional.mse_loss(outputs[:, 0], targets[:, 0]),
+        lambda outputs, targets: (outputs.mean() - targets.mean()) ** 2,  # of no single pair
+    ):
+        assert not warned(model=lambda: nn.Linear(4, 1), loss=right, **columns)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda outputs, targets: functional.mse_loss(outputs.squeeze(1), targets),
         lambda outputs, targets: functional.mse_loss(outputs, targets.reshape(outputs.shape)),
         lambda outputs, targets: (outputs**2).mean(),  # of no target
     ],
