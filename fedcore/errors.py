@@ -189,7 +189,8 @@ class OutOfOrder(ProtocolRefused):
 
 
 class RosterRefused(ProtocolRefused):
-    """The cohort is too small, names an unpinned or unknown site, or one twice."""
+    """The cohort is too small, names an unpinned or unknown site, or one twice; or a signed roster is of another
+    federation, or older than one seen."""
 
 
 class ThresholdRefused(ProtocolRefused):

@@ -5,6 +5,7 @@
     kit.py          the three files of one party: its certificate, its key, the authority
     revocation.py   the list of revoked certificates, reloaded while a coordinator runs
     identities.py   signing keys on disk and the roster that pins them
+    signed_roster.py  the roster as the authority signs and numbers it
     verify.py       one certificate against every check, so that a TLS failure is one clear line
     preflight.py    one handshake with the coordinator, with the reason of a failure
 

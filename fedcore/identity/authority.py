@@ -75,6 +75,16 @@ class Authority:
         return cls(federation, builder.sign(key, hashes.SHA256()), key)
 
     @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of its certificate: what parties compare, and what a join line names."""
+        return self.certificate.fingerprint(hashes.SHA256()).hex()
+
+    def sign(self, message: bytes) -> bytes:
+        """ECDSA P-256 with SHA-256, DER. The message's first byte must differ from 0x30, with which the body of a
+        certificate begins."""
+        return self.key.sign(message, ec.ECDSA(hashes.SHA256()))
+
+    @property
     def certificate_pem(self) -> bytes:
         """The certificate that every party of the federation trusts, as PEM."""
         return _pem(self.certificate)

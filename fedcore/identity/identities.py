@@ -53,30 +53,43 @@ def read_identity(path: Path) -> IdentityKey:
 def write_roster(path: Path, roster: Mapping[SiteId, bytes]) -> None:
     """Write public keys of sites, in the mapping's order. Raises BadInput, RosterRefused."""
     roster_digest(roster)
+    write_atomic(path, sites_toml(roster).encode())
+
+
+def sites_toml(roster: Mapping[SiteId, bytes]) -> str:
+    """The table [sites], in the mapping's order. Raises BadInput."""
     lines = [
-        f'"{check_name("site", site)}" = {{ identity = "{roster[site].hex()}" }}' for site in roster
+        f'"{check_name("site", site)}" = {{ identity = "{key.hex()}" }}\n'
+        for site, key in roster.items()
     ]
-    write_atomic(path, ("[sites]\n" + "\n".join(lines) + "\n").encode())
+    return "".join(["[sites]\n", *lines])
 
 
 def read_roster(path: Path) -> dict[SiteId, bytes]:
-    """{site: 32-byte public key}, in the file's order. Raises BadInput that names the entry."""
+    """{site: 32-byte public key} of a static roster, in the file's order. Raises BadInput that names the entry."""
     found = read_tables(path)
-    sites = found.get("sites")
-    if set(found) != {"sites"} or not isinstance(sites, dict):
+    if set(found) != {"sites"}:
         raise BadInput(
             f"{path}: found {', '.join(map(repr, found)) or 'nothing'}, expected one table [sites]"
         )
+    return sites_of(found, str(path))
+
+
+def sites_of(tables: Mapping[str, Any], where: str) -> dict[SiteId, bytes]:
+    """{site: 32-byte public key} of a roster's tables, in their order. Raises BadInput that names the entry."""
+    sites = tables.get("sites")
+    if not isinstance(sites, dict):
+        raise BadInput(f"{where}: found {_kind(sites)} as sites, expected one table [sites]")
     roster = {
-        SiteId(check_name(f"{path}: sites", name)): _public(f"{path}: sites.{name}", entry)
+        SiteId(check_name(f"{where}: sites", name)): _public(f"{where}: sites.{name}", entry)
         for name, entry in sites.items()
     }
-    check_sites(roster, f"{path}: sites", deployed=True)
+    check_sites(roster, f"{where}: sites", deployed=True)
     try:
         roster_digest(roster)
     except RosterRefused as refused:
         raise BadInput(
-            f"{path}: sites.{refused.fault}: found {refused.found}, expected {refused.expected}",
+            f"{where}: sites.{refused.fault}: found {refused.found}, expected {refused.expected}",
             remedy="each site makes its own identity key and hands out only the public half",
         ) from None
     return roster
