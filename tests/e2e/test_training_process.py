@@ -216,7 +216,10 @@ def test_a_process_that_dies_at_the_end_of_a_job_is_no_fault(tmp_path):
         while child.alive:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.01)
         # A process that answers nothing: one forked by `preloaded` may answer until its end is seen.
-        command, child.command = child.command, [sys.executable, "-c", "import signal; signal.pause()"]
+        command, child.command = (
+            child.command,
+            [sys.executable, "-c", "import signal; signal.pause()"],
+        )
         await slow.training.start()
         child.command = command
         slow.training._loads["j"] = {}
