@@ -22,7 +22,8 @@ from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.offers import APPROVALS, offer_digest
-from fedcore_clients.policy import SitePolicy
+from fedcore_clients.policy import SITE_FILE, SitePolicy
+from fedcore_clients.policy_file import PolicyFile
 from fedcore_clients.sandbox import choose, logged
 from fedcore_clients.session import Session
 from fedcore_clients.trainer import Loaded, Training
@@ -55,6 +56,9 @@ OWN_FILES = ("journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FIL
 
 ERASE_SECONDS = 60.0
 """How often keys of ended jobs are erased, once they were kept for long enough."""
+
+OPERATOR_SECONDS = 0.25
+"""How often the files that an operator changes are looked at: one stat each."""
 
 CLOCKS_APART = 60.0
 """Seconds of difference between two clocks above which a warning is logged."""
@@ -100,6 +104,7 @@ class Site:
         self.jobs: dict[str, JobRunner] = {}
         self.waits: dict[str, Waiting] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
+        self.policy_file = PolicyFile(context.policy, config.policy_file)
         self.session = Session(kit, config, self._hello, self._on_frame, self._on_connected)
 
     def restore(self) -> None:
@@ -202,7 +207,7 @@ class Site:
         return {
             "site": self.context.id, "coordinator": link.coordinator, "connected_since": link.since,
             "last_error": link.last_error, "jobs": rows, "written": time.time(),
-            "running": running, "process": os.getpid(),
+            "running": running, "process": os.getpid(), "policy_problem": self.policy_file.problem,
         }  # fmt: skip
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -212,6 +217,7 @@ class Site:
         session = loop.create_task(self.session.run())
         status = loop.create_task(self._keep_status())
         keys = loop.create_task(self._erase_old_keys())
+        operator = loop.create_task(self._follow_operator())
         waiting = loop.create_task(stop.wait())
         try:
             await asyncio.wait({session, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -226,7 +232,7 @@ class Site:
                 )
             await self.session.goodbye("the site stops")
         finally:
-            tasks = [session, status, keys, waiting, *self._running.values()]
+            tasks = [session, status, keys, operator, waiting, *self._running.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -243,6 +249,14 @@ class Site:
                 except StoreProblem as error:  # tried again
                     LOG.warning("%s", error)
             await asyncio.sleep(ERASE_SECONDS)
+
+    async def _follow_operator(self) -> None:
+        """Read what the operator changes on the disk, and act on it."""
+        while True:
+            if self.policy_file.refresh():
+                for found in self.jobs.values():
+                    found.policy_changed()
+            await asyncio.sleep(OPERATOR_SECONDS)
 
     async def _keep_status(self) -> None:
         while True:
@@ -335,6 +349,12 @@ def write_recipe(folder: Path, offer: job.JobOffer) -> None:
         )  # fmt: skip
 
 
+def policy_of(config: SiteConfig, papers: Papers) -> SitePolicy:
+    """The policy as the files have it. Raises BadInput."""
+    name = config.policy_file.name if config.policy_file else SITE_FILE
+    return SitePolicy(config.policy, len(papers.pins), config.hashes, name)
+
+
 @contextlib.contextmanager
 def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
     """The site with its journal and ledger, open while inside. Raises StoreProblem."""
@@ -345,7 +365,7 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
         yield SiteContext(
             papers.kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
-            SitePolicy(config.policy, len(papers.pins), config.hashes), ledger,
+            policy_of(config, papers), ledger,
             config.patience_seconds, config.keep_secrets_days * 86_400.0,
         )  # fmt: skip
 

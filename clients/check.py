@@ -89,8 +89,7 @@ def examine(path: Path) -> Iterator[Check]:
     check, papers = _try("keys", lambda: _papers(config))
     yield check
     if papers is not None:
-        policy = partial(SitePolicy, config.policy, len(papers.pins), config.hashes)
-        yield _line("policy", lambda: _policy(policy()))
+        yield _line("policy", lambda: _policy(app.policy_of(config, papers)))
     yield _line("folder", lambda: _folder(config))
     yield _line("sandbox", lambda: _sandbox(config))
     if not config.tasks:
@@ -127,6 +126,8 @@ def _policy(policy: SitePolicy) -> str:
         f"{', '.join(rules.protections)}; threshold {policy.least_threshold} or more of {policy.sites}; "
         f"jobs: {rules.jobs}, {rules.jobs_per_month} a month over the same rows"
     )
+    if key := policy.forbids_all:
+        text += f"; warning: no job can satisfy this policy, because of {key}"
     return text + (f"; warning: wider than the default: {', '.join(wider)}" if wider else "")
 
 

@@ -9,7 +9,7 @@ method = "hash"           # by a keyed hash of each row; "folds" (seed, fold, fo
 test = 0.2                # the share to test on
 
 [policy]                  # what jobs may ask of this site: policy.py has the keys and their defaults
-protections = ["layered"]
+protections = ["layered"]  # or, above the first table, policy = "policy.toml": these keys in a file of their own
 
 [tasks.heart]             # a task this site takes part in, by the name jobs call it
 task = "heart"            # where it is: as for `fedcore simulate --task`
@@ -22,19 +22,24 @@ sha256 = "..."
 source = {partition-id = 0, num-partitions = 4}  # its node config
 """
 
+import re
+import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fedcore_clients.policy import PolicySection
-from pydantic import Field
+from fedcore_clients.policy_file import read_policy
+from pydantic import BeforeValidator, Field
 
 from fedcore.config import beside
 from fedcore.errors import BadInput
-from fedcore.files.toml import Section, read_toml
+from fedcore.files.toml import Section, read_tables, read_toml
 from fedcore.identity.preflight import CoordinatorAddress, endpoint
 from fedcore.learning.task_code import FLOWER
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.types import Json
+
+POLICY_FILE = "policy.toml"
 
 
 class SplitSection(Section):
@@ -78,9 +83,15 @@ class TaskSection(Section):
         return self.model_copy(update={"task": task, "source": beside(self.source, base)})
 
 
+def _in_line(found: object) -> object:
+    """The table of [policy]; the name of a file is read by `read_config`."""
+    return {} if isinstance(found, str) else found
+
+
 class SiteConfig(CoordinatorAddress):
-    """A site as its operator runs it; paths are absolute. base: the file's folder. keep_secrets_days: how
-    long the secrets of a job's key epochs stay after its end, for sites that missed its last release."""
+    """A site as its operator runs it; paths are absolute. base: the file's folder. policy_file: the policy's own file,
+    None where it is in this one. keep_secrets_days: how long the secrets of a job's key epochs stay after its end, for
+    sites that missed its last release."""
 
     site: str
     kit: Path
@@ -97,7 +108,10 @@ class SiteConfig(CoordinatorAddress):
     keep_secrets_days: float = Field(default=7.0, ge=0)
     spool_bytes: int | None = Field(default=None, ge=1 << 20)
     split: SplitSection = Field(default_factory=SplitSection)
-    policy: PolicySection = Field(default_factory=PolicySection)
+    policy: Annotated[PolicySection, BeforeValidator(_in_line)] = Field(
+        default_factory=PolicySection
+    )
+    policy_file: Path | None = None
     tasks: dict[str, TaskSection] = Field(default_factory=dict)
 
     @property
@@ -107,11 +121,43 @@ class SiteConfig(CoordinatorAddress):
 
 
 def read_config(path: Path) -> SiteConfig:
-    """The configuration of a file. Raises BadInput with the key's path, and UnknownName."""
-    found = read_toml(
-        SiteConfig, path, paths=("kit", "identity", "roster", "folder"),
-        base=str(path.resolve().parent), file=str(path.resolve()),
-    )  # fmt: skip
+    """The configuration of a file, with that of the policy. Raises BadInput with the key's path, and UnknownName."""
+    try:
+        found = read_toml(
+            SiteConfig, path, paths=("kit", "identity", "roster", "folder"),
+            base=str(path.resolve().parent), file=str(path.resolve()), policy_file=None,
+        )  # fmt: skip
+    except BadInput as error:
+        if isinstance(error.__cause__, tomllib.TOMLDecodeError) and _has_both(path):
+            raise _two_policies(path, "`policy = ...` and [policy]") from error
+        raise
     endpoint(found.coordinator, f"{path.name}: coordinator")
     tasks = {name: task.placed(name, found.base) for name, task in found.tasks.items()}
-    return found.model_copy(update={"tasks": tasks})
+    return found.model_copy(update={"tasks": tasks} | _policy_of(path, found.base))
+
+
+def _policy_of(path: Path, base: Path) -> dict[str, object]:
+    """Policy and its file, where it has one of its own. A policy.toml that nothing names is refused: its writer
+    believes it to be in force."""
+    named, beside = read_tables(path).get("policy"), base / POLICY_FILE
+    if isinstance(named, str):
+        return {"policy": read_policy(base / named), "policy_file": base / named}
+    if beside.exists():
+        what = f"{POLICY_FILE} beside it and {'[policy]' if named is not None else 'nothing that names it'}"
+        raise _two_policies(path, what)
+    return {}
+
+
+def _has_both(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8")
+    return all(
+        re.search(form, text, re.MULTILINE) for form in (r"^\s*policy\s*=", r"^\s*\[policy\]")
+    )
+
+
+def _two_policies(path: Path, found: str) -> BadInput:
+    return BadInput(
+        f"{path.name}: policy: found {found}, expected one place for the policy",
+        remedy=f'write `policy = "{POLICY_FILE}"` above the first table, and its keys in that file only; or keep '
+        f"[policy] and remove {POLICY_FILE}",
+    )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedcore_clients.context import Contributor, SiteContext
-from fedcore_clients.job_work import JobWork
+from fedcore_clients.job_work import JobWork, guard_rules
 from fedcore_clients.ledger import Exposure
 from fedcore_clients.offers import PlanMaker
 from fedcore_clients.session import Session
@@ -164,6 +164,12 @@ class JobRunner:
     def inline(self, digest: bytes, data: bytes) -> None:
         """A small sum or checkpoint that came inside the session."""
         self.work.inline = {digest: container.from_bytes(data)}
+
+    def policy_changed(self) -> None:
+        """Other rules are in force, or the operator said no to this job."""
+        rules = self.context.policy.rules
+        self.work.guard.rules = guard_rules(rules)
+        self.mailbox.put(events.PolicyChanged(rules.minimum_sites))
 
     def connected(self) -> None:
         """There is a new session."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.offers import About, is_approved, job_of
+from fedcore_clients.policy import PolicySection
 from fedcore_clients.round_work import RoundWork
 from fedcore_clients.session import Offline, Session
 from fedcore_clients.state_files import StateFiles
@@ -50,6 +51,11 @@ APPROVAL_SECONDS = 1.0
 """How often the file of an approval is polled."""
 
 
+def guard_rules(rules: PolicySection) -> GuardRules:
+    """When this site leaves a job over its model."""
+    return GuardRules(rules.guard_loss_factor, rules.guard_rounds)
+
+
 class JobWork:
     """The background work of one job. It reads the job's machine, and changes it by events only."""
 
@@ -64,8 +70,7 @@ class JobWork:
         self.id = offer.job
         self.job: SiteJob
         self.about = About.of(offer, tuple(context.pins))
-        rules = context.policy.rules
-        self.guard = GuardRecord(GuardRules(rules.guard_loss_factor, rules.guard_rounds))
+        self.guard = GuardRecord(guard_rules(context.policy.rules))
         self.files = StateFiles(context.folder / "states" / self.id)
         self.online = asyncio.Event()
         self.inline: dict[bytes, list[bytes]] = {}

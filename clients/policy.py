@@ -1,14 +1,16 @@
-"""What a site's operator allows: `[policy]` of site.toml, and the only checks that refuse a job by it.
+"""What a site's operator allows: policy.toml, or `[policy]` of site.toml, and the only checks that refuse a job by it.
 
 Invariant: a job that asks for more than this table allows is refused before a row is read (`jobs_per_month`,
 which counts by the rows, after that) and before anything leaves. The coordinator is told one word of a fixed list;
-the key, what was found and what was expected are in the site's own log.
+the key, what was found and what was expected are in the site's own log. The rules may be replaced while the process
+runs (`policy_file.py`): each check is by those in force now.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import product
 from operator import gt, lt, ne
 from typing import Annotated, Any, Literal
 
@@ -19,9 +21,11 @@ from fedcore.errors import BadInput, PolicyRefused, Refused
 from fedcore.files.toml import Section
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import RoundPlan, TrainPlan, default_threshold
+from fedcore.secagg.protections import MAX_MASKED_SITES, Protection
 from fedcore.secagg.protocol.job.site.participation import Release, RowsInSum
 from fedcore.secagg.protocol.job_messages import JobOffer
 
+SITE_FILE = "site.toml"
 POLICY, NOT_ALLOWED, OTHER_TASK = "policy", "task not allowed", "task differs"
 """What the coordinator is told, of REASONS in protocol/job_messages.py."""
 
@@ -31,7 +35,7 @@ Bound = Literal["one of", "at least", "at most", "wider"]
 
 
 class PolicySection(Section):
-    """[policy]: what jobs may ask of this site. Every key has a default; the defaults are the narrow side.
+    """policy.toml, or [policy]: what jobs may ask of this site. The defaults of its keys are the narrow side.
 
     least_threshold: t, in sites; None is the default for the roster, floor(2n/3) + 1. minimum_sites: of
     the roster and of every round's cohort. most_epochs: in one round. jobs_per_month: over the same rows,
@@ -72,20 +76,22 @@ class _Asked:
     task_settings: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class SitePolicy:
-    """The policy of one site. sites: how many the roster has; tasks: {name: SHA-256} that may run."""
+    """The policy of one site. rules: those in force; sites: how many the roster has; tasks: {name: SHA-256} that may
+    run; file: the name of the file that has the rules, site.toml or one of their own."""
 
     rules: PolicySection
     sites: int
     tasks: Mapping[str, str]
+    file: str = SITE_FILE
 
     def __post_init__(self) -> None:
         """Raise BadInput for a threshold that the roster cannot have."""
         least, half = self.rules.least_threshold, self.sites // 2 + 1
         if least is not None and not half <= least <= self.sites:
             raise BadInput(
-                f"site.toml: policy.least_threshold: found {least}, expected {half} to {self.sites}: more "
+                f"{self.file}: {self._key('least_threshold')}: found {least}, expected {half} to {self.sites}: more "
                 f"than half of the {self.sites} sites in roster.toml",
                 remedy=f"leave it out for {default_threshold(self.sites)}, or compare roster.toml with "
                 "the other sites'",
@@ -141,9 +147,9 @@ class SitePolicy:
         if isinstance(what, RowsInSum):
             return self._on_rows(what.job, what.before)
         if what == "model" and self.rules.release != "coordinator":
-            return _refusal("protect.release", "coordinator", "sites", "release")
+            return self._refusal("protect.release", "coordinator", "sites", "release")
         if what == "metrics" and not self.rules.public_metrics:
-            return _refusal("track.public_metrics", True, False, "public_metrics")
+            return self._refusal("track.public_metrics", True, False, "public_metrics")
         return None
 
     def _on_rows(self, job: str, before: Collection[str]) -> PolicyRefused | None:
@@ -151,7 +157,7 @@ class SitePolicy:
         others, most = set(before) - {job}, self.rules.jobs_per_month
         if self.rules.jobs == "any" or job in before or len(others) < most:
             return None
-        return _refusal(
+        return self._refusal(
             "job", f"{len(others)} others over the same rows in 30 days",
             f"{most} or fewer, this one included,", "jobs_per_month",
         )  # fmt: skip
@@ -176,17 +182,41 @@ class SitePolicy:
                 expected = f"{here} or fewer"
             case "wider":
                 allowed, expected = found in {_DEFAULT[key], here}, here
-        return None if allowed else _refusal(setting, found, expected, key)
+        return None if allowed else self._refusal(setting, found, expected, key)
 
+    def _refusal(self, setting: str, found: Any, expected: Any, key: str) -> PolicyRefused:
+        """One line: the job's setting, what it is, what the key allows."""
+        where, then = f"under [policy] of {SITE_FILE}", " and start fed-site again"
+        if self.file != SITE_FILE:
+            where, then = f"in {self.file}", ": a running fed-site reads it again"
+        return PolicyRefused(
+            f"{setting}: found {_shown(found)}, expected {_shown(expected)} by {self._key(key)} of {self.file}",
+            word=POLICY,
+            remedy=f"if this site may take part in such jobs, change `{key}` {where}{then}",
+        )
 
-def _refusal(setting: str, found: Any, expected: Any, key: str) -> PolicyRefused:
-    """One line: the job's setting, what it is, what policy.KEY allows."""
-    return PolicyRefused(
-        f"{setting}: found {_shown(found)}, expected {_shown(expected)} by policy.{key} of site.toml",
-        word=POLICY,
-        remedy=f"if this site may take part in such jobs, change `{key}` under [policy] of site.toml and "
-        "start fed-site again",
-    )
+    def _key(self, key: str) -> str:
+        """The path of a key in its file."""
+        return f"policy.{key}" if self.file == SITE_FILE else key
+
+    @property
+    def forbids_all(self) -> str:
+        """The key because of which no job at all can satisfy this policy; "" where one can.
+
+        Tried with each protection and cipher that it allows, and otherwise with the least that a job can ask."""
+        blocking = ""
+        for protection, cipher in product(self.rules.protections, self.rules.ciphers):
+            if self.sites > MAX_MASKED_SITES and Protection.of(protection).masks:
+                blocking = blocking or "protections"
+                continue
+            terms = Terms(protection, self.sites, self.least_threshold, cipher)
+            train = TrainSection(epochs=1, batch_size=max(self.rules.least_batch, 1))
+            asked = _Asked(terms, 1, train)
+            key = next((key for key in _RULES if self._refused_by(key, asked)), "")
+            if not key:
+                return ""
+            blocking = key
+        return blocking
 
 
 def _shown(value: Any) -> str:

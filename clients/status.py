@@ -113,6 +113,8 @@ def status_lines(status: Json) -> Iterator[str]:
         yield f"site {name}: connected to {status['coordinator']} for {since} (process {status['process']})"
     else:
         yield f"site {name}: running, not connected to {status['coordinator']} (process {status['process']})"
+    if status.get("policy_problem"):
+        yield f"policy: {status['policy_problem']}"
     if status["last_error"]:
         yield f"last error: {status['last_error']}"
     if not status["jobs"]:

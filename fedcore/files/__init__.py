@@ -103,3 +103,13 @@ def read_rounds(directory: Path) -> list[RoundRow]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written anew or replaced, for one stat; of a missing one, too, whose reading then
+    raises with the reason."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (-1,)
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)

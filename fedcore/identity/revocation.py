@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from fedcore.errors import BadInput, CertificateRefused
+from fedcore.files import stamp_of
 from fedcore.identity.kit import read_limited
 from fedcore.identity.peer import Peer
 
@@ -39,7 +40,7 @@ class Revocations:
         file; the last valid list stays in force."""
         if self._path is None:
             return False
-        stamp = _stamp(self._path)
+        stamp = stamp_of(self._path)
         if stamp == self._stamp:
             return False
         self._stamp = stamp  # before reading: a change while reading is seen next time
@@ -54,14 +55,6 @@ class Revocations:
                 check="revoked",
                 remedy="ask the operator why; a new certificate has a new serial number",
             )
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    try:
-        found = path.stat()
-    except OSError:
-        return (-1,)  # a missing file is a state too; reading it raises with the reason
-    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
 
 def _parse(path: Path) -> frozenset[str]:

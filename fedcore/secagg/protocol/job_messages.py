@@ -28,13 +28,16 @@ REASONS = {
     "policy": "the site's policy refuses the job",
     "task not allowed": "the site's operator has not allowed this task",
     "task differs": "the site has another version of the task",
-    "stopped": "somebody at the site stopped it",
+    "vetoed": "the site's operator said no to this job",
     UNABLE: "the site cannot take part; its own log says why",
 }
 """Every reason a site may give, and what it means: nothing else about a failure leaves a site.
 
 `unable` is the one word for whatever depends on rows, on what the task does with them, or on the state of
 the site: two words there would let a coordinator ask about rows (PROTOCOL U)."""
+
+CHOSEN = REASONS.keys() - {UNABLE}
+"""What a site's operator decides, and may decide otherwise: a site that agrees to the plan again takes part again."""
 
 OUTCOMES = ("finished", "abandoned", "stopped", "failed")
 

@@ -245,6 +245,8 @@ class JobMachine:
                 self._tell_if_over(name, header)
             case job_messages.PlanAgreed(plan_digest=digest):
                 if facts.plan is not None and digest == facts.plan.digest:
+                    if view.unable in job_messages.CHOSEN:  # its operator thought better of it
+                        view.unable = ""
                     self._agreed(name)
             case job_messages.SiteStatus():
                 self._at_rest(name, message)

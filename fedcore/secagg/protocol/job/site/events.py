@@ -56,6 +56,13 @@ class Approved:
 
 
 @dataclass(frozen=True)
+class PolicyChanged:
+    """The operator's rules are other ones now, or the operator said no to this job. minimum: of a cohort, in sites."""
+
+    minimum: int
+
+
+@dataclass(frozen=True)
 class RowsLoaded:
     """Task and rows are loaded."""
 
@@ -156,6 +163,6 @@ class Tracked:
 RoundResult = VectorReady | CheckedSum | SumGone | WorkFailed
 
 SiteEvent = (
-    Started | Connected | MessageReceived | Tick | epoch.SecretsMade | Approved | RowsLoaded |
+    Started | Connected | MessageReceived | Tick | epoch.SecretsMade | Approved | PolicyChanged | RowsLoaded |
     LoadFailed | RoundResult | CheckpointReady | CheckpointLost | Tracked
 )  # fmt: skip

@@ -6,7 +6,7 @@ before that left on disk, or leaves the round.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedcore.errors import BadInput, FedcoreError, GuardTripped, PeerRefused, PolicyRefused, Refused
 from fedcore.learning.state import JobState
@@ -162,6 +162,8 @@ class SiteJob:
                 yield from self._received(message, at, now)
             case events.Approved() | events.RowsLoaded() | events.LoadFailed() if not self.ended:
                 yield from self._loaded(event, now)
+            case events.PolicyChanged(minimum) if self.ended is None:
+                yield from self._policy_changed(minimum, now)
             case events.WorkFailed():
                 yield from self._failed(event, now)
             case Tick() if self._load_at is not None and now >= self._load_at and not self.ended:
@@ -207,11 +209,7 @@ class SiteJob:
         if self.part.survey is not None or self.loading:
             return
         self.loading = True
-        try:
-            require(self.me.policy.on_offer(self.offer))
-            if self.plan is not None:  # the policy may have changed since
-                require(self.me.policy.on_plan(self.plan))
-        except (BadInput, PolicyRefused) as error:
+        if (error := self._not_allowed()) is not None:
             yield from self._loaded(events.LoadFailed(error, job_messages.UNABLE), now)
             return
         for line in self.part.about:
@@ -222,11 +220,56 @@ class SiteJob:
             yield effects.Report("loading")
             yield effects.LoadRows(self.plan)
 
+    def _not_allowed(self) -> BadInput | PolicyRefused | None:
+        """Why the policy in force refuses the offer, or the plan that this site agreed to."""
+        try:
+            require(self.me.policy.on_offer(self.offer))
+            if self.plan is not None:
+                require(self.me.policy.on_plan(self.plan))
+        except (BadInput, PolicyRefused) as error:
+            self.part.barred = isinstance(error, PolicyRefused)
+            return error
+        self.part.barred = False
+        return None
+
+    def _policy_changed(self, minimum: int, now: float) -> SiteEffects:
+        """Leave the job that the new rules refuse, or take part again in one that they allow.
+
+        A round whose sum may be known already is brought to its end: nothing more of the rows leaves with it.
+        """
+        self.me = self.part.me = replace(self.me, minimum=minimum)
+        parts, was = self.parts, self.part.barred
+        if parts is not None:
+            parts.rounds.base_member = replace(parts.rounds.base_member, minimum=minimum)
+        error = self._not_allowed()
+        if isinstance(error, PolicyRefused):
+            exposed = parts is not None and isinstance(parts.rounds.stage, site.EXPOSED)
+            if parts is not None and parts.rounds.in_round and not exposed:
+                sealed = parts.rounds.sealed(events.WITHHELD)
+                yield from parts.rounds.step(site.CheckFailed(error, sealed), now)
+            yield from self.part.refuse(error)
+        elif error is None and was and not self.part.left:
+            self.part.refused, self.part.last_error = None, ""
+            yield effects.Info(f"job {self.id}: the policy allows it now")
+            yield from self._rejoined(now)
+
+    def _rejoined(self, now: float) -> SiteEffects:
+        if self.parts is not None:
+            yield from self._load(now)
+            yield from self._resend(self.parts, now)
+        elif self.part.survey is not None:
+            yield from self.part.send_survey()
+        else:
+            yield from self._load(now)
+
     def _loaded(
         self, event: events.Approved | events.RowsLoaded | events.LoadFailed, now: float
     ) -> SiteEffects:
         if isinstance(event, events.Approved):
             self.part.approval = "approved"
+            if self.part.barred:
+                self.loading = False
+                return
             yield effects.Info(f"job {self.id}: approved")
             yield effects.Report("loading")
             yield effects.LoadRows(self.plan)
@@ -241,7 +284,7 @@ class SiteJob:
         if isinstance(event, events.LoadFailed):
             yield from self._not_loaded(event, need, now)
             return
-        if self.parts is None:
+        if self.parts is None and not self.part.barred:
             yield from self.part.send_survey()
         if not need:
             yield effects.Report("idle" if self.parts is None else "waiting")
@@ -319,8 +362,8 @@ class SiteJob:
             case epoch.GrantRequest() if self.ended is not None and not self.holds_keys:
                 erased = job_messages.KeysErased(self.id, self.me.id, message.key.site)
                 yield effects.Send(COORDINATOR, erased)
-            case _ if self.part.left and parts is not None and not parts.rounds.in_round:
-                if isinstance(message, messages.Announce):  # it takes part in no further round
+            case _ if self.part.out and not (parts is not None and parts.rounds.in_round):
+                if parts is not None and isinstance(message, messages.Announce):
                     yield from parts.rounds.step(site.Declined(message.header), now)
             case job_messages.JobOffer():
                 pass  # resent after a new session
@@ -402,7 +445,7 @@ class SiteJob:
                 yield from parts.rounds.step(site.Superseded(), now)
                 parts.rounds.ended = False
             behind = parts.rounds.standing.certificate != ended.certificate
-            if ended.certificate and behind and not self.part.left:  # it takes no model it left for
+            if ended.certificate and behind and not self.part.out:  # it takes no model it left for
                 self.end.pending = ended, at
                 yield from parts.rounds.send_status()
                 return

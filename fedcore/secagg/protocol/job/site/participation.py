@@ -114,12 +114,19 @@ class Participation:
         """Whether its operator must approve the job, and has."""
         self.refused: PolicyRefused | None = None
         """The policy's refusal of the job, if there is one."""
+        self.barred = False
+        """The policy in force refuses the job or its plan as such: the site is in no further round."""
         self.left = ""
         """Why this site left the job permanently, if it did: its guard tripped."""
         self.survey: events.Surveyed | None = None
         self.rows = ""
         """What the ledger calls this site's rows; empty before they were loaded."""
         self.last_error = ""
+
+    @property
+    def out(self) -> bool:
+        """Whether this site is in no further round of the job, unless its policy changes."""
+        return bool(self.left) or self.barred
 
     def note(self, error: Exception) -> SiteEffects:
         """Show an error in log and status; what policy or ledger forbids ends the job here."""

@@ -335,7 +335,7 @@ class RoundDriver:
         return effects.TidySpool(b"" if header is None else header.digest)
 
     def send_status(self) -> SiteEffects:
-        if self.part.left:
+        if self.part.out:
             yield effects.Report("idle")
             return
         if isinstance(self.stage, site.Idle) and self._keys.secrets is not None:
