@@ -10,6 +10,7 @@ ends at its next message.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -142,6 +143,8 @@ def _work(
     parent: int,
 ) -> None:
     """The whole life of a forked process."""
+    # A garbage collection that goes through what is inherited copies its memory, page by page.
+    gc.freeze()
     # The terminal sends Ctrl-C to every process of the command; the parent then kills this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

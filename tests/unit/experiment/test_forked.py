@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,32 @@ def test_a_job_starts_from_its_parent_and_reaches_no_other_job():
     forked("ab", change, 1, lambda _job, found: heard.append(found))
     assert heard == [("before", "a"), ("before", "b")]
     assert state == ["before"]
+
+
+def test_a_garbage_collection_of_a_job_leaves_out_what_it_inherits_and_collects_its_own():
+    class Node:
+        pass
+
+    def in_a_circle():
+        node = Node()
+        node.itself = node
+        return weakref.ref(node)
+
+    inherited, frozen = [in_a_circle() for _ in range(3)], gc.get_freeze_count()
+
+    def collect(_job, send):
+        own = [in_a_circle() for _ in range(2)]
+        gc.collect()
+        send(([ref() is not None for ref in inherited], [ref() is None for ref in own]))
+
+    heard = []
+    gc.disable()  # or the parent may collect the circles before the fork
+    try:
+        forked("a", collect, 1, lambda _job, found: heard.append(found))
+    finally:
+        gc.enable()
+    assert heard == [([True] * 3, [True] * 2)]
+    assert gc.get_freeze_count() == frozen
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, ValueError, SystemExit])
