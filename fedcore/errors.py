@@ -26,6 +26,7 @@ value. `remedy` is the sentence the command line prints behind `hint:`.
 """
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Sequence
 
 EXIT_DONE = 0
@@ -79,6 +80,16 @@ class TaskFailed(FedcoreError):
 
 class BadInput(FedcoreError):
     """Something the caller gave cannot be used."""
+
+
+def require_extra(what: str, extra: str, *modules: str) -> None:
+    """Raise BadInput, in one line and before anything has begun, unless these modules of an extra can be found."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    if absent:
+        raise BadInput(
+            f"{what}: found no {', '.join(absent)} in this environment, expected the extra `{extra}`",
+            remedy=f"pip install 'fedcore-fl[{extra}]'",
+        )
 
 
 class UnknownName(BadInput):

@@ -24,7 +24,7 @@ from fedcore.cli.console import (
     say,
     start_logging,
 )
-from fedcore.errors import EXIT_ABANDONED
+from fedcore.errors import EXIT_ABANDONED, require_extra
 from fedcore.types import Json
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ def _operator(where: str | None, kit: Path | None, file: Path | None) -> Operato
 @app.command()
 def serve(config: Config = Path("federation.toml")) -> None:
     """Run the coordinator of a federation until it is stopped."""
+    require_extra(
+        "coordinator", "coordinator", "grpc_health", "grpc_reflection", "prometheus_client"
+    )
     from fedcore_server.app import serve as run_server
     from fedcore_server.config import read_config
 

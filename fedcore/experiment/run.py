@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
 
-from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped
+from fedcore.errors import Abandoned, AlreadyExists, BadInput, GuardTripped, require_extra
 from fedcore.files import CHECKPOINTS, RESULT_FILE, read_json, read_result, read_rounds
 from fedcore.files.lock import FileLock
+from fedcore.report import require_drawing
 from fedcore.results import ComparisonResult, Interval, ListedRun, RoundRow, RunResult
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]
     run that `force` replaces comes back. After an interrupt a new directory stays, to be resumed, and
     one whose every round was abandoned, or that a site left, stays with its rounds.
     Raises AlreadyExists for an `out` that holds something, unless it is a former run and `force`,
-    and BadInput where it cannot be written or another command writes into it.
+    and BadInput where it cannot be written, another command writes into it, or its report could not be drawn.
     """
+    require_drawing()
     former = None
     if out is None:
         path = _next_numbered(name)
@@ -358,6 +360,7 @@ class Comparison(_Finished[ComparisonResult]):
 
     def table(self) -> DataFrame:
         """A pandas DataFrame: one row per (seed, fold, arm)."""
+        require_extra("table", "tables", "pandas")
         import pandas as pd
 
         return pd.DataFrame(

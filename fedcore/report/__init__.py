@@ -10,13 +10,18 @@ party could read.  tables: cells.  plots: SVG.  page, markdown, latex, terminal:
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, require_extra
 from fedcore.files import read_result, read_rounds, write_atomic
 from fedcore.results import Result, RoundRow
 
-__all__ = ["PAGE", "TEXT", "read", "render", "write"]
+__all__ = ["PAGE", "TEXT", "read", "render", "require_drawing", "write"]
 
 PAGE, TEXT = "report.html", "report.md"
+
+
+def require_drawing() -> None:
+    """Raise BadInput unless what a page and the intervals in it need is installed."""
+    require_extra("report", "report", "jinja2", "matplotlib", "scipy")
 
 
 def read(run_dir: Path) -> tuple[Result, list[RoundRow]]:
@@ -36,6 +41,7 @@ def render(runs: Sequence[tuple[Result, Sequence[RoundRow]]], form: str = "html"
     if not runs:
         raise BadInput("report: found no run, expected at least one")
     if form == "html":
+        require_drawing()
         from fedcore.report import page
 
         return page.render(runs)
@@ -52,6 +58,7 @@ def write(run_dir: Path) -> Path:
 
     Each file appears whole or not at all. Raises what `read` raises.
     """
+    require_drawing()
     from fedcore.report import page
 
     run = read(run_dir)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fedcore.errors import require_extra
 from fedcore.learning.data.partition import split
 from fedcore.learning.task import Task
 
@@ -20,6 +21,7 @@ HIDDEN = 32
 
 def sites(n: int = 4, by: str = "iid", alpha: float | None = None, seed: int = 0) -> dict[str, Any]:
     """`{"site-01": (X, y), ...}`: X (rows, 64) float32 in [0, 1], y (rows,) int64 digits."""
+    require_extra("task digits", "digits", "sklearn")
     from sklearn.datasets import load_digits  # 0.5 s to import: only where digits are wanted
 
     pixels, digits = load_digits(return_X_y=True)

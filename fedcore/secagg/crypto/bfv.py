@@ -77,9 +77,6 @@ class Courier:
     """
 
     def __init__(self, *, force_file: bool = False) -> None:
-        import zstandard
-
-        self._inflate = zstandard.ZstdDecompressor()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._pid = os.getpid()
         if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir() and not force_file:
@@ -112,13 +109,15 @@ class Courier:
 
     def take(self, seal_object: Any) -> bytes:
         """The uncompressed bytes that `seal_object.save` writes, without the outer header."""
+        from backports import zstd
+
         self._refuse_forked()
         try:
             seal_object.save(self._path)
             saved = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         finally:
             os.ftruncate(self._fd, 0)
-        return self._inflate.decompressobj().decompress(saved[_SEAL_HEADER_SIZE:])
+        return zstd.ZstdDecompressor().decompress(saved[_SEAL_HEADER_SIZE:])
 
     def give(self, seal_object: Any, context: Any, body: bytes) -> Any:
         """Load an uncompressed stream into `seal_object`; SEAL validates it against `context`."""
