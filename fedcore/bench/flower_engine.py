@@ -53,7 +53,7 @@ def program(name: str, path: str) -> str:
     if found is None:
         raise BadInput(
             f"{name}: found no program of that name in {path}, expected it",
-            remedy="pip install 'fedcore[flower]'",
+            remedy="pip install 'fedcore-fl[flower]'",
         )
     return found
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName
+from fedcore.errors import BadInput, FedcoreError, TaskFailed, UnknownName, require_extra
 from fedcore.learning import task_code, task_settings
 from fedcore.learning.metrics import METRICS
 from fedcore.learning.metrics.counting import CONFUSION
@@ -318,15 +318,8 @@ def load_task(spec: str, base: Path | None = None) -> Task:
 
 
 def _flower_task(spec: str, base: Path) -> Task:
-    try:  # flwr, which nothing else needs
-        found = importlib.import_module("fedcore.learning.flower_apps.flower_task")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "flwr":
-            raise
-        raise BadInput(
-            "--flower-app: found no flwr in this environment, expected it",
-            remedy="pip install 'fedcore[flower]'",
-        ) from error
+    require_extra("--flower-app", "flower", "flwr")
+    found = importlib.import_module("fedcore.learning.flower_apps.flower_task")
     task: Task = found.app_task(base / Path(spec.removeprefix(task_code.FLOWER)).expanduser(), spec)
     return task
 

@@ -267,7 +267,7 @@ def test_missing_program_is_named_with_what_installs_it(tmp_path):
     where = f"flower-superlink: found no program of that name in {tmp_path}, expected it"
     with pytest.raises(BadInput, match=where) as found:
         program("flower-superlink", str(tmp_path))
-    assert found.value.remedy == "pip install 'fedcore[flower]'"
+    assert found.value.remedy == "pip install 'fedcore-fl[flower]'"
 
 
 @pytest.mark.parametrize(
