@@ -34,8 +34,9 @@ from fedcore.files import write_json
 from fedcore.identity.identities import read_identity, read_roster
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import check_name, require_role
+from fedcore.identity.roster import ROSTER_KEY, Roster, RosterFile
 from fedcore.results import JobWait
-from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
+from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol import schedule
 from fedcore.secagg.protocol.job.site.rounds import header_of
@@ -124,7 +125,7 @@ class Site:
         for found in self.jobs.values():
             standing = found.job.stage.standing
             held.append(Held(found.id, standing.certificate, standing.epoch, standing.round))
-        return hello_of(self.config, dict(self.context.pins), held)
+        return hello_of(self.config, self.context.rosters.current, held)
 
     def _on_connected(self) -> None:
         welcome = self.session.welcome
@@ -172,10 +173,12 @@ class Site:
                 "job", found="an id that is no plain name", expected="one", fault="coordinator"
             ) from error
         journal = self.context.journal
+        roster = self.context.rosters.current
+        journal.put(offer.job, ROSTER_KEY, roster.to_bytes())
         journal.put(offer.job, "offer", encode(offer))
         journal.put("site", "jobs", json.dumps([*self.jobs, offer.job]).encode())
         LOG.info("job %s: task %s", offer.job, offer.task)
-        self._begin(JobRunner(self.context, self.session, self.contributor, offer))
+        self._begin(JobRunner(self.context, self.session, self.contributor, offer, roster))
 
     def status(self, *, running: bool = True) -> Json:
         """What `fed-site status` shows."""
@@ -279,10 +282,10 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Papers:
-    """A site's identity, from its files. pins: {site: public identity key}."""
+    """A site's identity, from its files."""
 
     kit: Kit
-    pins: dict[SiteId, bytes]
+    roster: Roster
     identity: IdentityKey
 
 
@@ -308,7 +311,7 @@ def read_papers(config: SiteConfig) -> Papers:
             f"identity: found another key than roster.toml pins for {config.site!r}",
             remedy="the roster must hold the public half of this site's identity key",
         )
-    return Papers(kit, pins, identity)
+    return Papers(kit, Roster(pins), identity)
 
 
 def party_of(config: SiteConfig) -> str:
@@ -316,10 +319,10 @@ def party_of(config: SiteConfig) -> str:
     return f"site {config.site}"
 
 
-def hello_of(config: SiteConfig, pins: dict[SiteId, bytes], held: Sequence[Held] = ()) -> Hello:
+def hello_of(config: SiteConfig, roster: Roster, held: Sequence[Held] = ()) -> Hello:
     """The first message of a session."""
     tasks = tuple(Task(name, task.sha256) for name, task in config.tasks.items())
-    return Hello(roster_digest(pins), tasks, tuple(held[-64:]))
+    return Hello(roster.digest, tasks, tuple(held[-64:]))
 
 
 def job_folder(folder: Path, name: str) -> Path:
@@ -352,7 +355,7 @@ def write_recipe(folder: Path, offer: job.JobOffer) -> None:
 def policy_of(config: SiteConfig, papers: Papers) -> SitePolicy:
     """The policy as the files have it. Raises BadInput."""
     name = config.policy_file.name if config.policy_file else SITE_FILE
-    return SitePolicy(config.policy, len(papers.pins), config.hashes, name)
+    return SitePolicy(config.policy, len(papers.roster.sites), config.hashes, name)
 
 
 @contextlib.contextmanager
@@ -363,7 +366,7 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
         Ledger.open(config.folder, papers.identity) as ledger,
     ):
         yield SiteContext(
-            papers.kit.peer.federation, SiteId(config.site), papers.identity, papers.pins, journal,
+            papers.kit.peer.federation, SiteId(config.site), papers.identity, RosterFile(papers.roster), journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
             policy_of(config, papers), ledger,
             config.patience_seconds, config.keep_secrets_days * 86_400.0,

@@ -116,7 +116,10 @@ def _config(path: Path) -> tuple[str, SiteConfig]:
 def _papers(config: SiteConfig) -> tuple[str, Papers]:
     found = app.read_papers(config)
     left = ago((found.kit.peer.ends - datetime.now(UTC)).total_seconds())
-    return f"{found.kit.peer}, valid for {left} more; on a roster of {len(found.pins)} sites", found
+    return (
+        f"{found.kit.peer}, valid for {left} more; on a roster of {len(found.roster.sites)} sites",
+        found,
+    )
 
 
 def _policy(policy: SitePolicy) -> str:
@@ -269,7 +272,7 @@ def _handshake(config: SiteConfig, papers: Papers) -> str:
 def _admitted(config: SiteConfig, papers: Papers) -> tuple[str, tuple[frames.Welcome, float]]:
     """With the coordinator's welcome, and when it was sent by the clock here."""
     before = time.time()
-    found = asyncio.run(_ask(config, papers, app.hello_of(config, papers.pins)))
+    found = asyncio.run(_ask(config, papers, app.hello_of(config, papers.roster)))
     sent = (before + time.time()) / 2
     if found.federation != papers.kit.peer.federation:
         raise Refused(f"coordinator: found federation {found.federation!r}")

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,7 @@ from fedcore_clients.ledger import Ledger
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.trainer import Loaded
 
+from fedcore.identity.roster import RosterFile
 from fedcore.learning.guard import GuardRecord
 from fedcore.learning.state import JobState
 from fedcore.results import SiteRow
@@ -25,14 +26,17 @@ from fedcore.types import Contribution, Json, SiteId
 
 @dataclass(frozen=True)
 class SiteContext:
-    """This site, for every job. stage_seconds: timeout of a stage of a round. keep_keys: seconds for which the
-    secrets of a job's key epochs outlive the job. retry_seconds: before a retry of what found no session, or no room
-    on the disk. now: seconds since 1970. clock: monotonic seconds; pause: sleeps for some."""
+    """This site, for every job.
+
+    rosters: the newest roster; a job has its own. stage_seconds: timeout of a stage of a round. keep_keys: seconds for
+    which the secrets of a job's key epochs outlive the job. retry_seconds: before a retry of what found no session, or
+    no room on the disk. now: seconds since 1970. clock: monotonic seconds; pause: sleeps for some.
+    """
 
     federation: str
     id: SiteId
     identity: IdentityKey
-    pins: Mapping[SiteId, bytes]
+    rosters: RosterFile
     journal: Journal
     spool: Spool
     folder: Path

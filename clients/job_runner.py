@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedcore_clients.context import Contributor, SiteContext
+from fedcore_clients.job_policy import JobPolicy
 from fedcore_clients.job_work import JobWork, guard_rules
 from fedcore_clients.ledger import Exposure
 from fedcore_clients.offers import PlanMaker
@@ -25,6 +26,7 @@ from fedcore_clients.session import Session
 from fedcore_clients.trainer import TrainingFailed
 
 from fedcore.errors import FedcoreError, StoreProblem
+from fedcore.identity.roster import ROSTER_KEY, Roster
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.state import JobState
 from fedcore.runtime.mailbox import Mailbox, keep_serving
@@ -70,17 +72,22 @@ class JobRunner:
         link: Session,
         contributor: Contributor,
         offer: job_messages.JobOffer,
+        roster: Roster | None = None,
     ) -> None:
+        self.roster = roster or context.rosters.current
+        """Fixed with the job."""
         self.context, self.link, self.contributor, self.offer = context, link, contributor, offer
         self.id = offer.job
         self.mailbox: Mailbox[Event] = Mailbox(Tick())
-        self.work = JobWork(context, link, contributor, offer)
+        self.work = JobWork(context, link, contributor, offer, tuple(self.roster.sites))
         self._making: asyncio.Task[Event | None] | None = None
         self._uploading: tuple[bytes, asyncio.Task[Event | None]] | None = None
         self._tracking: list[asyncio.Task[Event | None]] = []
+        public = context.identity.public
+        policy = JobPolicy(context.policy, self.roster.sites, context.id, public)
         params = participation.JobParams(
-            context.federation, context.id, context.identity, context.pins, context.policy, context.ledger,
-            PlanMaker(tuple(context.pins)), OsEntropy(), context.policy.rules.minimum_sites, context.stage_seconds,
+            context.federation, context.id, context.identity, self.roster.sites, policy, context.ledger,
+            PlanMaker(tuple(self.roster.sites)), OsEntropy(), context.policy.rules.minimum_sites, context.stage_seconds,
             context.keep_keys,
         )  # fmt: skip
         asks = context.policy.rules.jobs == "ask"
@@ -92,9 +99,11 @@ class JobRunner:
         cls, context: SiteContext, link: Session, contributor: Contributor, name: str
     ) -> JobRunner:
         """A job of an earlier process, from the journal."""
-        kept = context.journal.get(name, "offer")
+        kept, roster = context.journal.get(name, "offer"), context.journal.get(name, ROSTER_KEY)
         assert kept is not None
-        found = cls(context, link, contributor, decode(kept, job_messages.JobOffer))
+        pinned = None if roster is None else Roster.from_bytes(roster)
+        offer = decode(kept, job_messages.JobOffer)
+        found = cls(context, link, contributor, offer, pinned)
         found.restore()
         return found
 

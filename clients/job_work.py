@@ -39,7 +39,7 @@ from fedcore.secagg.purposes import trains
 from fedcore.secagg.scheme import EpochSecrets
 from fedcore.store import container
 from fedcore.store.spool import Stored
-from fedcore.types import Contribution
+from fedcore.types import Contribution, SiteId
 from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.site.job")
@@ -65,11 +65,12 @@ class JobWork:
         link: Session,
         contributor: Contributor,
         offer: job_messages.JobOffer,
+        sites: Sequence[SiteId],
     ) -> None:
         self.context, self.link, self.contributor, self.offer = context, link, contributor, offer
         self.id = offer.job
         self.job: SiteJob
-        self.about = About.of(offer, tuple(context.pins))
+        self.about = About.of(offer, sites)
         self.guard = GuardRecord(guard_rules(context.policy.rules))
         self.files = StateFiles(context.folder / "states" / self.id)
         self.online = asyncio.Event()

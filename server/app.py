@@ -25,6 +25,7 @@ from fedcore.errors import BadInput
 from fedcore.identity.identities import read_roster
 from fedcore.identity.kit import Kit
 from fedcore.identity.revocation import Revocations
+from fedcore.identity.roster import Roster, RosterFile
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
@@ -79,7 +80,7 @@ def connection_limit(descriptors: int, addresses: int) -> tuple[tuple[str, int],
 
 def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
     """Run until SIGTERM or SIGINT. show: called with one line once it listens. Raises FedcoreError."""
-    pins = read_roster(config.roster)
+    rosters = RosterFile(Roster(read_roster(config.roster)), config.roster)
     kit = Kit.load(config.kit)
     if kit.peer.federation != config.name:
         raise BadInput(
@@ -96,16 +97,16 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
         FoldPool(limits.fold_workers, config.folder / "spool" / ".sums") as pool,
     ):
         context = CoordinatorContext(
-            config.name, pins, journal, Spool(config.folder / "spool", limits.spool_bytes), pool,
+            config.name, rosters, journal, Spool(config.folder / "spool", limits.spool_bytes), pool,
             config.folder,
             Limits(
                 limits.stage_seconds, limits.gather_seconds, limits.minimum_sites,
-                limits.grace_seconds, limits.enough_seconds, _vectors(limits, len(pins)),
+                limits.grace_seconds, limits.enough_seconds, _vectors(limits, len(rosters)),
             ),
             limits,
         )  # fmt: skip
         gate = Gate(
-            config.name, {**pins}.keys(), revoked, lambda: datetime.now(UTC),
+            config.name, rosters, revoked, lambda: datetime.now(UTC),
             lambda error: LOG.error("%s", error),
         )  # fmt: skip
         asyncio.run(_serve(config, kit, Coordinator(context, gate), show))

@@ -1,28 +1,29 @@
 """What all jobs of one coordinator share."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedcore_server.config import LimitsSection
 from fedcore_server.folding import FoldPool
 
+from fedcore.identity.roster import RosterFile
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
-from fedcore.types import SiteId
 
 
 @dataclass(frozen=True)
 class CoordinatorContext:
     """What every job of a coordinator shares. clock: monotonic seconds; now: seconds since 1970.
 
-    quota: what operators may submit. retry_seconds: before a retry of what the disk refused.
+    rosters: the newest roster; a job has its own, that of its submission.
+        quota: what operators may submit. retry_seconds: before a retry of what the disk refused.
     """
 
     federation: str
-    pins: Mapping[SiteId, bytes]
+    rosters: RosterFile
     journal: Journal
     spool: Spool
     pool: FoldPool

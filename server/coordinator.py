@@ -75,6 +75,11 @@ class Coordinator:
         """The job that runs: the oldest that is not over."""
         return next((j for j in self.jobs.values() if j.facts.outcome is None), None)
 
+    def knows_roster(self, digest: str) -> bool:
+        """Whether a site may connect with this digest: of the newest roster, or of a job that is not over."""
+        running = (job.roster.digest for job in self.jobs.values() if job.facts.outcome is None)
+        return digest in {self.context.rosters.current.digest, *running}
+
     def changed(self) -> None:
         """Wake up the calls that watch."""
         self.change.set()
@@ -131,7 +136,7 @@ class Coordinator:
         jobs = list(self.jobs.values())
         rows = [row for found in jobs for row in list(found.facts.rounds.known)]
         return Seen(
-            len(self.context.pins), len(self.sessions.open),
+            len(self.context.rosters), len(self.sessions.open),
             Counter(found.facts.progress.state for found in jobs),
             Counter("released" if row.abandoned is None else "abandoned" for row in rows),
         )  # fmt: skip
@@ -147,7 +152,8 @@ class Coordinator:
             key = found.id, type(found.facts.stage).__name__, found.facts.number
         if key != self._wait.key:
             if self._wait.key is not None and self._wait.shown:
-                self.sessions.broadcast(frames.Waiting(self._wait.key[0]))
+                before = self.jobs[self._wait.key[0]]
+                self.sessions.broadcast(frames.Waiting(before.id), before.roster.sites)
             self._wait = _Wait(key, since=time.monotonic())
         wait, seconds = self._wait, time.monotonic() - self._wait.since
         if found is None or not names or seconds < SHOWN_SECONDS:
@@ -159,7 +165,7 @@ class Coordinator:
         assert about is not None
         awaited, until = tuple(map(frames.Awaited, names[:64])), int(1000 * (about.until or 0))
         waits = (about.of, until, about.then, about.least, about.in_round)
-        self.sessions.broadcast(frames.Waiting(found.id, awaited, *waits))
+        self.sessions.broadcast(frames.Waiting(found.id, awaited, *waits), found.roster.sites)
         if not wait.logged and seconds >= LOGGED_SECONDS:
             wait.logged = True
             LOG.info("job %s: %s", found.id, waiting_text(about.to_json(), time.time()))
@@ -178,7 +184,7 @@ class Coordinator:
             if not facts.progress.waiting_for:
                 until = self.context.now() + stage.until - self.context.clock()
         else:
-            of = tuple(self.context.pins)
+            of = tuple(facts.pins)
             out = {n for n, view in facts.sites.items() if view.unable or view.missed} | set(names)
             least = max(least, facts.threshold)
         there = len(of) - len(out & set(of))
@@ -216,9 +222,9 @@ class Coordinator:
         )  # fmt: skip
 
     def sites(self, found: JobRunner | None) -> Json:
-        """{site: `JobSite` as JSON} of all sites, as one job sees them if there is one."""
+        """{site: `JobSite` as JSON} of the sites of a job as it sees them, else of the newest roster."""
         out: Json = {}
-        for name in self.context.pins:
+        for name in self.context.rosters if found is None else found.roster.sites:
             session = self.sessions.open.get(name)
             view = found.facts.sites[name] if found is not None else SiteView()
             out[name] = JobSite(

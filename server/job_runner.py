@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.folding import JobSum
@@ -26,6 +26,7 @@ from fedcore_server.sessions import Sessions
 
 from fedcore.config import Job, build_job, plan_of
 from fedcore.errors import FedcoreError, StoreFull, StoreProblem
+from fedcore.identity.roster import ROSTER_KEY, Roster
 from fedcore.results import MetricsRow, ReferenceGap
 from fedcore.runtime.mailbox import Mailbox, keep_serving
 from fedcore.secagg.label import Terms
@@ -105,20 +106,25 @@ class JobRunner:
         links: Sessions,
         offer: job_messages.JobOffer,
         submitter: str = "",
+        roster: Roster | None = None,
     ) -> None:
         self.context, self.links, self.offer, self.id = context, links, offer, offer.job
+        self.roster = roster or context.rosters.current
+        """Fixed with the job: what the federation's roster becomes later is for other jobs."""
         self.submitter = submitter
         """Name of the operator that submitted it, from the certificate."""
         self.directory = context.folder / "jobs" / self.id
         """Folder of the job's files for people."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.on_change: Callable[[], None] = lambda: None
-        self.machine = JobMachine(JobFacts(context.federation, offer, context.pins, context.limits))
+        self.machine = JobMachine(
+            JobFacts(context.federation, offer, self.roster.sites, context.limits)
+        )
         self.facts = self.machine.facts
         self.disk = JobDisk(context.journal, context.spool, self.directory, self.facts)
         self.mailbox = Mailbox[events.Event | _Fault](events.TimePassed())
         self._sum = JobSum(context.pool, self.disk, context.retry_seconds)
-        self._plan = JobPlan(offer, context.pins)
+        self._plan = JobPlan(offer, self.roster.sites)
         self._stop: events.StopRequested | None = None
         """An operator's request; it counts while the disk refuses, too."""
         self._refused_since: float | None = None
@@ -127,10 +133,12 @@ class JobRunner:
     @classmethod
     def stored(cls, context: CoordinatorContext, links: Sessions, name: str) -> JobRunner:
         """A job as the journal has it."""
-        kept, submitter = (context.journal.get(name, key) for key in ("offer", "submitter"))
+        get = partial(context.journal.get, name)
+        kept, submitter, roster = get("offer"), get("submitter") or b"", get(ROSTER_KEY)
         assert kept is not None
         offer = decode(kept, job_messages.JobOffer)
-        found = cls(context, links, offer, (submitter or b"").decode())
+        pinned = None if roster is None else Roster.from_bytes(roster)
+        found = cls(context, links, offer, submitter.decode(), pinned)
         found._restore()
         return found
 
@@ -143,7 +151,10 @@ class JobRunner:
         )  # fmt: skip
 
     def put(self, event: events.SiteEvent) -> None:
-        """Queue an event of a site; a job that is over handles it at once."""
+        """Queue an event of a site; a job that is over handles it at once. A site that is not on the job's roster
+        has no part in it."""
+        if event.site not in self.facts.sites:
+            return
         if self.facts.outcome is None:
             self.mailbox.put(event)
             return
@@ -161,20 +172,24 @@ class JobRunner:
         """Whether an upload of this site for this round may come in: nothing else is spooled."""
         return self.machine.expects(name, header, size, container.overhead(1 + size // 1024))
 
-    def download(self, what: str, digest: bytes) -> Stored | None:
-        """What a site may download now."""
-        found = self.disk.kept(what)
+    def download(self, name: SiteId, what: str, digest: bytes) -> Stored | None:
+        """What a site of the job may download now."""
+        found = self.disk.kept(what) if name in self.facts.sites else None
         return found if found is not None and found.digest == digest else None
 
     def doing(self, site: SiteId, what: str) -> None:
         """What a site reports to be doing."""
-        view = self.facts.sites[site]
+        view = self.facts.sites.get(site)
+        if view is None:
+            return
         view.doing, view.last_seen = what, self.context.now()
         self.on_change()
 
     def withdrawn(self, site: SiteId) -> None:
         """The certificate of a site was revoked: the next round has new keys. Raises what the disk refuses."""
         before = self.facts.withdrawn
+        if site not in self.facts.sites:
+            return
         try:
             self.perform_all(self.machine.epochs.withdraw(site))
         except Exception:
@@ -257,8 +272,10 @@ class JobRunner:
                 await asyncio.sleep(self.context.retry_seconds)
 
     def moment(self) -> Moment:
-        """Now: clock, time of day, connected sites."""
-        return Moment(self.context.clock(), self.context.now(), self.links.connected())
+        """Now: clock, time of day, connected sites of the job's roster, in its order."""
+        there = self.links.connected()
+        here = dict.fromkeys(name for name in self.roster.sites if name in there)
+        return Moment(self.context.clock(), self.context.now(), here)
 
     def _step(self, event: events.Event) -> list[CoordinatorJobEffect]:
         before = type(self.facts.stage)

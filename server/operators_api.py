@@ -17,6 +17,7 @@ from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.files import RESULT_FILE, write_json
 from fedcore.identity.peer import Peer, check_name
+from fedcore.identity.roster import ROSTER_KEY
 from fedcore.results.json_record import JsonRecord
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import canonical
@@ -50,13 +51,14 @@ class OperatorsApi:
         if not isinstance(settings, dict):
             raise BadInput("submit: found no settings, expected those of the job file, complete")
         check_name("task", asked.task)  # it names folders, here and at the sites
-        check_settings(settings, len(context.pins), context.quota)
+        check_settings(settings, len(context.rosters), context.quota)
         self._check_room(peer.name)
         name = f"{asked.task[:48].strip()}-{secrets.token_hex(4)}"
         offer = job_messages.JobOffer(name, asked.task, asked.task_sha256, canonical(settings))
         found = JobRunner(context, hub.sessions, offer, peer.name)
         (found.directory / "job.toml").write_bytes(asked.toml)
         context.journal.put(name, "submitter", peer.name.encode())
+        context.journal.put(name, ROSTER_KEY, found.roster.to_bytes())
         context.journal.put(name, "offer", encode(offer))
         hub.adopt(found)
         context.journal.put("coordinator", "jobs", json.dumps([*hub.jobs]).encode())
@@ -144,15 +146,20 @@ class OperatorsApi:
     async def evict(self, peer: Peer, asked: frames.SiteRequest) -> frames.Reply:
         """Evict a site until it is admitted again; kept across restarts."""
         hub, sessions = self._hub, self._hub.sessions
-        if asked.site not in hub.context.pins:
-            raise UnknownName("site", asked.site, list(hub.context.pins))
+        known = dict.fromkeys([*hub.context.rosters, *sessions.evicted])
+        for found in hub.jobs.values():
+            known |= dict.fromkeys(found.facts.sites)
+        if asked.site not in known:
+            raise UnknownName("site", asked.site, list(known))
         if (asked.site in sessions.evicted) is not asked.undo:
             how = "is not evicted" if asked.undo else "is evicted already"
             raise BadInput(f"evict: site {asked.site} {how}")
         name = SiteId(asked.site)
         sessions.evict(name, undo=asked.undo)
         for found in hub.jobs.values():
-            view = found.facts.sites[name]
+            view = found.facts.sites.get(name)
+            if view is None:
+                continue
             if asked.undo and view.unable == EVICTED:
                 view.unable = ""
             elif not asked.undo and found.facts.outcome is None:

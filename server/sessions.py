@@ -168,16 +168,16 @@ class Sessions:
         for session in list(self.open.values()):
             session.end(frames.Goodbye("stopping", "the coordinator stops"))
 
-    def broadcast(self, frame: frames.ToSite) -> None:
-        """Queue a frame in every session."""
+    def broadcast(self, frame: frames.ToSite, sites: Collection[SiteId]) -> None:
+        """Queue a frame in the session of each of these sites that has one."""
         data = calls.SESSION.gives.pack(frame)
-        for session in list(self.open.values()):
-            session.put_packed(data)
+        for name, session in list(self.open.items()):
+            if name in sites:
+                session.put_packed(data)
 
     def connected(self) -> Collection[SiteId]:
-        """Sites with a session now, in roster order; membership tests are constant time."""
-        here = self.open
-        return dict.fromkeys(n for n in self.context.pins if n in here and not here[n].over)
+        """Sites with a session now; membership tests are constant time."""
+        return {name for name, session in self.open.items() if not session.over}
 
     def say(self, site: SiteId, job: str, message: ToSite) -> None:
         """Send a record if the site has a session."""

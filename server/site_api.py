@@ -15,7 +15,6 @@ from fedcore_server.sessions import SiteSession
 
 from fedcore.errors import BadInput, MalformedMessage, PeerRefused, StoreProblem, VersionRefused
 from fedcore.identity.peer import Peer
-from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.protocol.job.coordinator.events import MessageReceived, SiteConnected, SiteLeft
 from fedcore.store.spool import IncomingUpload, Stored
 from fedcore.types import SiteId
@@ -102,10 +101,11 @@ class Transfers:
         incoming = self.open_upload(name, start)
         return await self._receipt(name, start, incoming, whole=incoming.complete)
 
-    async def download(self, _: Peer, start: frames.DownloadStart) -> AsyncIterator[bytes]:
+    async def download(self, peer: Peer, start: frames.DownloadStart) -> AsyncIterator[bytes]:
         """The serialised frames of a sum or a checkpoint, from an offset on."""
         found = self._hub.jobs.get(start.job)
-        stored = found.download(start.what, start.digest) if found is not None else None
+        site = SiteId(peer.name)
+        stored = found.download(site, start.what, start.digest) if found is not None else None
         if stored is None:
             raise BadInput("download: found no such sum or checkpoint here")
         head = frames.DownloadHead(start.digest, stored.travels, start.offset)
@@ -121,11 +121,10 @@ class SiteApi:
 
     def __init__(self, hub: Coordinator, transfers: Transfers) -> None:
         self._hub, self._sessions, self._transfers = hub, hub.sessions, transfers
-        self._pins = roster_digest(hub.context.pins)
 
     async def check(self, _: Peer, hello: frames.Hello) -> frames.Welcome:
         """The answer of a session to this Hello. Raises BadInput for another roster."""
-        if hello.pins != self._pins:
+        if not self._hub.knows_roster(hello.pins):
             raise BadInput(
                 "roster: found other identity keys pinned at the site than here",
                 remedy="both must have the same roster.toml",
@@ -188,7 +187,7 @@ class SiteApi:
             raise MalformedMessage(
                 "session", found=type(frame).__name__, expected="Hello first", fault=name
             )
-        if frame.pins != self._pins:
+        if not self._hub.knows_roster(frame.pins):
             session.end(
                 frames.Goodbye("roster", "the identity keys pinned here and at the site differ")
             )
@@ -209,12 +208,14 @@ class SiteApi:
         match frame:
             case frames.Record():
                 found = jobs.get(frame.job)
-                if found is not None and (found.facts.outcome is not None or found is running):
+                if found is None or name not in found.facts.sites:
+                    LOG.warning("site %s: dropped a message of a job without it", name)
+                elif found.facts.outcome is not None or found is running:
                     await room(found)
                     grants = found.machine.epochs.asks_for_grants(name)
                     table = TO_COORDINATOR if grants else FROM_ANY_SITE
-                    pins = len(self._hub.context.pins)
-                    message = unpack_record(frame, table, sender=name, sites=pins)
+                    sites = len(found.facts.sites)
+                    message = unpack_record(frame, table, sender=name, sites=sites)
                     found.put(MessageReceived(name, message))
             case frames.Doing(job, what):
                 if job in jobs:

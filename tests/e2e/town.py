@@ -34,6 +34,7 @@ from support.policies import policy_of
 
 from fedcore.config import build_job, plan_of
 from fedcore.errors import StoreFull
+from fedcore.identity.roster import Roster, RosterFile
 from fedcore.learning.state import JobState, without_metrics
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.encode.pack import Opened
@@ -208,7 +209,7 @@ class Town:
         spool = Spool(self.folder / HUB / "spool")
         context = CoordinatorContext(
             "town",
-            self.pins,
+            RosterFile(Roster(self.pins)),
             journal,
             spool,
             self.pool,
@@ -240,7 +241,7 @@ class Town:
             "town",
             name,
             self.keys[name],
-            self.pins,
+            RosterFile(Roster(self.pins)),
             journal,
             Spool(folder / "spool"),
             folder,

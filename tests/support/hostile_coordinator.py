@@ -127,7 +127,7 @@ class Offers:
 
         job, complete = self._job, build_job(self.settings(site))
         shape, cap = job.facts.sites[site].shape, complete.protect.max_examples
-        return plan_of(complete, shape, tuple(job.context.pins), cap)
+        return plan_of(complete, shape, tuple(job.roster.sites), cap)
 
 
 def install(folder):

@@ -29,6 +29,7 @@ REASONS = {
     "task not allowed": "the site's operator has not allowed this task",
     "task differs": "the site has another version of the task",
     "vetoed": "the site's operator said no to this job",
+    "roster": "the site has not approved the job's roster, or its key there is another one",
     UNABLE: "the site cannot take part; its own log says why",
 }
 """Every reason a site may give, and what it means: nothing else about a failure leaves a site.

@@ -28,7 +28,6 @@ from fedcore.errors import (
     TagRefused,
 )
 from fedcore.secagg.crypto.entropy import OsEntropy
-from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.sumtag import key_id
 from fedcore.secagg.plan import RoundHeader, canonical
@@ -60,7 +59,7 @@ def in_epoch(folder, protection, done=None):
 
 
 def header_of(found, purpose, training_round, number=1):
-    plan, pins = found.job.plan, roster_digest(found.context.pins)
+    plan, pins = found.job.plan, found.roster.digest
     return RoundHeader(
         "town", "job", 1, number, training_round, purpose, SITES, pins, plan.threshold,
         plan.protection, plan.digest,
@@ -231,11 +230,11 @@ def collecting(folder):
     """A coordinator whose job waits for the vectors of a, b and c; d was not invited."""
     found = coordinated(folder, plan_for("encrypted"))
     header = RoundHeader(
-        "town", "job", 1, 1, 1, "update", SITES[:3], roster_digest(found.context.pins), 3,
+        "town", "job", 1, 1, 1, "update", SITES[:3], found.roster.digest, 3,
         "encrypted", found.facts.plan.digest,
     )  # fmt: skip
     found.facts.stage, _ = coordinator.step(
-        coordinator.CoordinatorParams(found.context.pins),
+        coordinator.CoordinatorParams(found.roster.sites),
         coordinator.Ready(),
         coordinator.Start(header, 1000),
         0.0,

@@ -16,6 +16,7 @@ from fedcore_server.sessions import SiteSession
 from rich.console import Console
 
 from fedcore.config import build_job
+from fedcore.identity.roster import Roster, RosterFile
 from fedcore.results import JobRow
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
@@ -38,7 +39,13 @@ def hub(tmp_path):
     journal = Journal.open(tmp_path / "journal.sqlite", party="hub")
     pins = {name: IdentityKey().public for name in SITES}
     context = CoordinatorContext(
-        "town", pins, journal, Spool(tmp_path / "spool"), None, tmp_path, Limits()
+        "town",
+        RosterFile(Roster(pins)),
+        journal,
+        Spool(tmp_path / "spool"),
+        None,
+        tmp_path,
+        Limits(),
     )
     return Coordinator(context, GATE)
 

@@ -1,0 +1,50 @@
+"""The policy of a site as it is for one job: by the rules in force now, over the sites of the job's own roster.
+
+Invariant: where that roster does not pin this site's identity key, the job is refused whatever the rules allow.
+"""
+
+from collections.abc import Mapping
+from copy import copy
+
+from fedcore_clients.policy import SitePolicy
+
+from fedcore.errors import PolicyRefused
+from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.protocol.job.site.participation import Release
+from fedcore.secagg.protocol.job_messages import JobOffer
+from fedcore.types import SiteId
+
+ROSTER = "roster"
+"""What the coordinator is told, of REASONS in protocol/job_messages.py."""
+
+
+class JobPolicy:
+    """See `participation.Policy`. sites: the job's roster; me, key: this site and its public identity key."""
+
+    def __init__(
+        self, policy: SitePolicy, sites: Mapping[SiteId, bytes], me: SiteId, key: bytes
+    ) -> None:
+        self._policy, self._count = policy, len(sites)
+        self._refused: PolicyRefused | None = None
+        if sites.get(me) != key:
+            found = "another key" if me in sites else "no key"
+            self._refused = PolicyRefused(
+                f"roster of the job: found {found} for {me!r}, expected this site's identity key",
+                word=ROSTER,
+                remedy="a replaced identity key counts from the next job on; this one goes on without the site",
+            )
+
+    def _now(self) -> SitePolicy:
+        """The rules may have changed since; they count the sites of the job."""
+        found = copy(self._policy)
+        found.sites = self._count
+        return found
+
+    def on_offer(self, offer: JobOffer) -> PolicyRefused | None:
+        return self._refused or self._now().on_offer(offer)
+
+    def on_plan(self, plan: RoundPlan) -> PolicyRefused | None:
+        return self._refused or self._now().on_plan(plan)
+
+    def on_release(self, what: Release) -> PolicyRefused | None:
+        return self._refused or self._now().on_release(what)
