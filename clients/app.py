@@ -6,6 +6,7 @@ Invariant: the training process is started before grpc; a job begins only if the
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -28,6 +29,11 @@ from fedcore_clients.sandbox import choose, logged
 from fedcore_clients.session import Session
 from fedcore_clients.trainer import Loaded, Training
 
+import fedcore
+from fedcore.audit.keys import SiteSigner
+from fedcore.audit.lines import Fact
+from fedcore.audit.trail import OWN_FILES as AUDIT_FILES
+from fedcore.audit.trail import AuditTrail
 from fedcore.cli.console import ago
 from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem, UnknownName
 from fedcore.files import write_json
@@ -52,7 +58,9 @@ LOG = logging.getLogger("fedcore.site")
 
 STATUS_FILE, RECIPE_FILE, JOURNAL_FILE = "status.json", "job.json", "journal.sqlite"
 
-OWN_FILES = ("journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FILE, STATUS_FILE)
+OWN_FILES = (
+    "journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FILE, STATUS_FILE, AUDIT_FILES,
+)  # fmt: skip
 """What this process keeps in its folder, for its user alone."""
 
 ERASE_SECONDS = 60.0
@@ -358,17 +366,34 @@ def policy_of(config: SiteConfig, papers: Papers) -> SitePolicy:
     return SitePolicy(config.policy, len(papers.roster.sites), config.hashes, name)
 
 
+def audit_facts(config: SiteConfig, papers: Papers) -> dict[str, Fact]:
+    """What the first line of every start states: who, under which certificate, with which files."""
+    return {
+        "party": party_of(config), "federation": papers.kit.peer.federation,
+        "certificate": papers.kit.peer.fingerprint, "software": fedcore.__version__,
+        "roster": papers.roster.digest, "sites": tuple(papers.roster.sites),
+        **{
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in (("config", config.file), ("policy", config.policy_file))
+            if path is not None
+        },
+    }  # fmt: skip
+
+
 @contextlib.contextmanager
 def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
     """The site with its journal and ledger, open while inside. Raises StoreProblem."""
     with (
         Journal.open(config.folder / JOURNAL_FILE, party=party_of(config)) as journal,
         Ledger.open(config.folder, papers.identity) as ledger,
+        AuditTrail.open(
+            config.folder, SiteSigner(papers.identity), audit_facts(config, papers)
+        ) as audit,
     ):
         yield SiteContext(
             papers.kit.peer.federation, SiteId(config.site), papers.identity, RosterFile(papers.roster), journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
-            policy_of(config, papers), ledger,
+            policy_of(config, papers), ledger, audit,
             config.patience_seconds, config.keep_secrets_days * 86_400.0,
         )  # fmt: skip
 

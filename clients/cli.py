@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedcore.cli.audit import TrailPlace, audit_commands
 from fedcore.cli.console import application, echo, emit, run, say, start_logging
-from fedcore.errors import EXIT_REFUSED
+from fedcore.errors import EXIT_REFUSED, BadInput
 
 if TYPE_CHECKING:  # it imports numpy, which `--help` does without
     from fedcore.types import Json
@@ -137,6 +138,23 @@ def model(
     found = export_model(read_config(config), job, out)
     line = f"wrote {out}: after round {found['round']}, sha256 {found['model_sha256']}"
     _print(as_json, found, [line])
+
+
+def _trail(config: Path) -> TrailPlace:
+    from fedcore_clients.config import read_config
+
+    from fedcore.audit.keys import site_key
+    from fedcore.identity.identities import read_roster
+    from fedcore.types import SiteId
+
+    found = read_config(config)
+    pinned = read_roster(found.roster).get(SiteId(found.site))
+    if pinned is None:
+        raise BadInput(f"roster: found no site {found.site!r} on it, expected its identity key")
+    return TrailPlace(found.folder, f"site {found.site}", lambda _: {site_key(pinned)})
+
+
+app.add_typer(audit_commands(_trail, _HERE), name="audit")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from fedcore_clients.ledger import Ledger
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.trainer import Loaded
 
+from fedcore.audit.trail import NoTrail, Recorder
 from fedcore.identity.roster import RosterFile
 from fedcore.learning.guard import GuardRecord
 from fedcore.learning.state import JobState
@@ -28,9 +29,10 @@ from fedcore.types import Contribution, Json, SiteId
 class SiteContext:
     """This site, for every job.
 
-    rosters: the newest roster; a job has its own. stage_seconds: timeout of a stage of a round. keep_keys: seconds for
-    which the secrets of a job's key epochs outlive the job. retry_seconds: before a retry of what found no session, or
-    no room on the disk. now: seconds since 1970. clock: monotonic seconds; pause: sleeps for some.
+    rosters: the newest roster; a job has its own. audit: `audit.record(event, **facts)` appends a line to the site's
+    audit trail. stage_seconds: timeout of a stage of a round. keep_keys: seconds for which the secrets of a job's key
+    epochs outlive the job. retry_seconds: before a retry of what found no session, or no room on the disk. now: seconds
+    since 1970. clock: monotonic seconds; pause: sleeps for some.
     """
 
     federation: str
@@ -42,6 +44,7 @@ class SiteContext:
     folder: Path
     policy: SitePolicy
     ledger: Ledger
+    audit: Recorder = field(default_factory=NoTrail)
     stage_seconds: float = 1800.0
     keep_keys: float = 7 * 86_400.0
     retry_seconds: float = 2.0

@@ -21,6 +21,11 @@ from fedcore_server.grpc_service import handlers
 from fedcore_server.probes import ADDRESS, Probes, serve_metrics
 from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 
+import fedcore
+from fedcore.audit.keys import CoordinatorSigner
+from fedcore.audit.lines import Fact
+from fedcore.audit.trail import OWN_FILES as AUDIT_FILES
+from fedcore.audit.trail import AuditTrail
 from fedcore.errors import BadInput
 from fedcore.identity.identities import read_roster
 from fedcore.identity.kit import Kit
@@ -37,7 +42,7 @@ LOG = logging.getLogger("fedcore.coordinator")
 GRACE_SECONDS = 5.0
 """Timeout of open calls after a signal."""
 
-OWN_FILES = ("journal.sqlite*", "spool", "jobs")
+OWN_FILES = ("journal.sqlite*", "spool", "jobs", AUDIT_FILES)
 """Files of this process in its folder, readable for its user only."""
 
 KEEPALIVE = (
@@ -94,6 +99,9 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
         Journal.open(
             config.folder / "journal.sqlite", party=f"coordinator of {config.name}"
         ) as journal,
+        AuditTrail.open(
+            config.folder, CoordinatorSigner(kit), audit_facts(config, kit, rosters.current)
+        ) as audit,
         FoldPool(limits.fold_workers, config.folder / "spool" / ".sums") as pool,
     ):
         context = CoordinatorContext(
@@ -103,13 +111,21 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
                 limits.stage_seconds, limits.gather_seconds, limits.minimum_sites,
                 limits.grace_seconds, limits.enough_seconds, _vectors(limits, len(rosters)),
             ),
-            limits,
+            limits, audit,
         )  # fmt: skip
         gate = Gate(
             config.name, rosters, revoked, lambda: datetime.now(UTC),
             lambda error: LOG.error("%s", error),
         )  # fmt: skip
         asyncio.run(_serve(config, kit, Coordinator(context, gate), show))
+
+
+def audit_facts(config: FederationConfig, kit: Kit, roster: Roster) -> dict[str, Fact]:
+    """What the first line of every start states: who, under which certificate, with which files."""
+    return {
+        "party": f"coordinator of {config.name}", "certificate": kit.certificate_pem.decode(),
+        "software": fedcore.__version__, "roster": roster.digest, "sites": tuple(roster.sites),
+    }  # fmt: skip
 
 
 def _vectors(limits: LimitsSection, sites: int) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console, RenderableType
 
+from fedcore.cli.audit import TrailPlace, audit_commands
 from fedcore.cli.console import (
     JobCommand,
     application,
@@ -230,6 +231,23 @@ def result(
     for path in written:
         echo(path)
     say(f"the model is at the sites: fed-site model {job} --out FILE")
+
+
+def _trail(config: Path) -> TrailPlace:
+    from fedcore_server.config import read_config
+
+    from fedcore.audit.authority import coordinator_keys
+    from fedcore.identity.kit import AUTHORITY_FILE, read_limited
+
+    found = read_config(config)
+    authority = read_limited(found.kit / AUTHORITY_FILE)
+    return TrailPlace(
+        found.folder, f"coordinator of {found.name}",
+        lambda data: coordinator_keys(data, authority, found.name),
+    )  # fmt: skip
+
+
+app.add_typer(audit_commands(_trail, Path("federation.toml")), name="audit")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedcore_server.config import LimitsSection
 from fedcore_server.folding import FoldPool
 
+from fedcore.audit.trail import NoTrail, Recorder
 from fedcore.identity.roster import RosterFile
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.journal import Journal
@@ -18,8 +19,9 @@ from fedcore.store.spool import Spool
 class CoordinatorContext:
     """What every job of a coordinator shares. clock: monotonic seconds; now: seconds since 1970.
 
-    rosters: the newest roster; a job has its own, that of its submission.
-        quota: what operators may submit. retry_seconds: before a retry of what the disk refused.
+    rosters: the newest roster; a job has its own, that of its submission. quota: what operators may submit. audit:
+    `audit.record(event, **facts)` appends a line to the coordinator's audit trail. retry_seconds: before a retry of
+    what the disk refused.
     """
 
     federation: str
@@ -30,6 +32,7 @@ class CoordinatorContext:
     folder: Path
     limits: Limits
     quota: LimitsSection = field(default_factory=LimitsSection)
+    audit: Recorder = field(default_factory=NoTrail)
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     retry_seconds: float = 2.0

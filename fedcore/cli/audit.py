@@ -1,0 +1,178 @@
+"""The commands `audit verify|show|export` of both programs. Everything is read from files, offline."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedcore.cli.console import echo, emit
+from fedcore.errors import EXIT_REFUSED, BadInput, Refused
+
+if TYPE_CHECKING:
+    from fedcore.audit.lines import Line
+    from fedcore.audit.verify import Verdict
+    from fedcore.types import Json
+
+Config = Annotated[Path, typer.Option("--config", help="The party's file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+_MOST = 20
+"""Findings that are listed; the number of all is in the error."""
+
+
+@dataclass(frozen=True)
+class TrailPlace:
+    """A party's trail. trusted: from its bytes, the keys that may have signed it."""
+
+    folder: Path
+    party: str
+    trusted: Callable[[bytes], set[str]]
+
+    def read(self) -> bytes:
+        """The bytes of the trail. Raises BadInput."""
+        from fedcore.audit.trail import TRAIL_FILE
+
+        path = self.folder / TRAIL_FILE
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise BadInput(
+                f"audit: {path} cannot be read ({error.strerror})",
+                remedy="it is made when the process starts for the first time; restore it from a backup",
+            ) from error
+
+
+def audit_commands(place: Callable[[Path], TrailPlace], default: Path) -> typer.Typer:
+    """The commands of one program. place: from the path of its configuration, which is `default` if not given."""
+    app = typer.Typer(help="Check, read and export the audit trail, offline.", no_args_is_help=True)
+
+    @app.command()
+    def verify(config: Config = default, as_json: AsJson = False) -> None:
+        """Check every line. Names the line where one was changed, deleted, moved, inserted or cut off."""
+        found = place(config)
+        _told(found, _verdict(found), as_json)
+
+    @app.command()
+    def show(
+        config: Config = default,
+        job: Annotated[str, typer.Option("--job", help="Lines of this job only.")] = "",
+        since: Annotated[
+            str, typer.Option("--since", help="From a time in UTC: 2026-11-30, 2026-11-30T09:15.")
+        ] = "",
+        as_json: AsJson = False,
+    ) -> None:
+        """Print the trail in words, the oldest line first."""
+        lines = _wanted(place(config), job, since)
+        if as_json:
+            emit({"lines": [_json(line) for line in lines]})
+            return
+        for text in _table(lines):
+            echo(text)
+
+    @app.command()
+    def export(
+        form: Annotated[str, typer.Option("--format", help="jsonl, cef, or syslog (RFC 5424).")],
+        config: Config = default,
+        job: Annotated[str, typer.Option("--job", help="Lines of this job only.")] = "",
+        since: Annotated[str, typer.Option("--since", help="From a time in UTC.")] = "",
+    ) -> None:
+        """Print the trail for a log collector. One line an event, on stdout."""
+        from fedcore.audit.export import FORMATS, exported
+        from fedcore.errors import UnknownName
+
+        if form not in FORMATS:
+            raise UnknownName("--format", form, FORMATS)
+        for text in exported(_wanted(place(config), job, since), form, socket.gethostname()):
+            echo(text)
+
+    return app
+
+
+def _verdict(found: TrailPlace) -> Verdict:
+    from fedcore.audit.verify import verify
+
+    data = found.read()
+    return verify(data, found.trusted(data))
+
+
+def _told(found: TrailPlace, verdict: Verdict, as_json: bool) -> None:
+    """Print a verdict. Raises Refused where something is wrong."""
+    number, digest = verdict.head
+    if as_json:
+        emit(
+            {
+                "party": found.party, "whole": not verdict.findings, "lines": len(verdict.lines),
+                "last": number, "hash": digest, "confirmed": verdict.proven,
+                "findings": [{"line": each.line, "what": each.what} for each in verdict.findings],
+            }
+        )  # fmt: skip
+        if verdict.findings:
+            raise typer.Exit(EXIT_REFUSED)
+        return
+    findings = verdict.findings
+    if not findings:
+        last = verdict.lines[-1].time if verdict.lines else "never"
+        echo(
+            f"audit trail of {found.party}: {len(verdict.lines)} lines, none changed; the last at {last}"
+        )
+        for line in verdict.lines:
+            if line.event == "torn":
+                echo(
+                    f"note: line {line.sequence}: a crash damaged the end before it; kept in {line.facts.get('file')}"
+                )
+        return
+    first, *more = findings
+    for each in findings[:_MOST] if more else ():
+        echo(each)
+    raise Refused(
+        f"audit trail of {found.party}: {first}" + (f" (and {len(more)} more)" if more else ""),
+        remedy="keep the file as it is and compare it with a backup or with what a log collector has; "
+        "to go on, move it away: the next start begins a new one",
+    )
+
+
+def _wanted(found: TrailPlace, job: str, since: str) -> list[Line]:
+    """The lines that can be read, of one job and from one time on. Raises BadInput for a malformed time."""
+    from contextlib import suppress
+    from datetime import datetime
+
+    from fedcore.audit.lines import Line
+
+    try:
+        start = datetime.fromisoformat(since).isoformat() if since else ""
+    except ValueError:
+        raise BadInput(
+            f"--since: found {since!r}, expected a time in UTC", remedy="--since 2026-11-30T09:15"
+        ) from None
+    lines = []
+    for raw in found.read().splitlines():
+        with suppress(BadInput):
+            lines.append(Line.parse(raw))
+    return [
+        line for line in lines
+        if line.time >= start and (not job or line.facts.get("job") == job)
+    ]  # fmt: skip
+
+
+def _table(lines: Sequence[Line]) -> list[str]:
+    from fedcore.audit.export import in_words
+    from fedcore.audit.lines import EVENTS
+
+    if not lines:
+        return ["no such lines"]
+    width = len(str(lines[-1].sequence))
+    return [
+        f"{line.sequence:>{width}}  {line.time[:19].replace('T', ' ')}  {EVENTS.get(line.event, line.event)}: "
+        f"{in_words(line)}"
+        for line in lines
+    ]
+
+
+def _json(line: Line) -> Json:
+    return {
+        "number": line.sequence, "time": line.time, "event": line.event, "facts": dict(line.facts),
+    }  # fmt: skip
