@@ -27,7 +27,6 @@ from fedcore.audit.lines import Fact
 from fedcore.audit.trail import OWN_FILES as AUDIT_FILES
 from fedcore.audit.trail import AuditTrail
 from fedcore.errors import BadInput
-from fedcore.identity.identities import read_roster
 from fedcore.identity.kit import Kit
 from fedcore.identity.revocation import Revocations
 from fedcore.identity.roster import Roster, RosterFile
@@ -85,13 +84,14 @@ def connection_limit(descriptors: int, addresses: int) -> tuple[tuple[str, int],
 
 def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
     """Run until SIGTERM or SIGINT. show: called with one line once it listens. Raises FedcoreError."""
-    rosters = RosterFile(Roster(read_roster(config.roster)), config.roster)
     kit = Kit.load(config.kit)
     if kit.peer.federation != config.name:
         raise BadInput(
             f"kit: found a certificate of federation {kit.peer.federation!r}, expected {config.name!r}"
         )
     kit.check("coordinator", datetime.now(UTC))
+    rosters = RosterFile(Roster({}), config.roster, kit.authority_pem, config.name)
+    rosters.refresh()
     revoked = Revocations(config.revoked)
     limits = config.limits
     close_to_others(config.folder, OWN_FILES)

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.probes import Seen
-from fedcore_server.sessions import EVICTED, Sessions
+from fedcore_server.sessions import EVICTED, WITHDRAWN, Sessions
 from fedcore_server.tls import Gate
 
 from fedcore.cli.console import waiting_text
-from fedcore.errors import StoreProblem
+from fedcore.errors import BadInput, Refused, StoreProblem, with_hint
+from fedcore.identity.signed_roster import changes_of
 from fedcore.results import AwaitedSite, JobSite, JobSummary, JobWait
+from fedcore.secagg.protocol.job.coordinator.events import SiteLeft
 from fedcore.secagg.protocol.job.coordinator.facts import WAITING, SiteView
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import type_name
@@ -64,12 +66,19 @@ class Coordinator:
 
     def adopt(self, found: JobRunner) -> None:
         """Add a job at the end of the queue."""
-        evicted = self.sessions.evicted
-        found.on_change = self.changed
-        found.facts.evicted = evicted
-        for site in evicted & found.facts.sites.keys():
-            found.facts.sites[SiteId(site)].unable = EVICTED
+        found.on_change, found.on_pinned = self.changed, self._show_sites
+        self._show_sites(found)
         self.jobs[found.id] = found
+
+    def _show_sites(self, found: JobRunner) -> None:
+        """Show a job the sites that were sent away."""
+        evicted = self.sessions.evicted
+        found.facts.evicted = evicted
+        for site, view in found.facts.sites.items():
+            if site in evicted:
+                view.unable = EVICTED
+            elif site not in self.context.rosters:
+                view.unable = WITHDRAWN["roster"]
 
     def running(self) -> JobRunner | None:
         """The job that runs: the oldest that is not over."""
@@ -109,27 +118,52 @@ class Coordinator:
             ping = time.monotonic() - last > PING_SECONDS
             if ping:
                 number, last = number + 1, time.monotonic()
+            self.refresh_roster()
             self.sessions.check(frames.Ping(number) if ping else None)
-            self.withdraw_revoked()
+            self.withdraw()
             try:
                 if self.show_waits(self.running(), again=ping):
                     self.changed()
             except Exception:  # what is only shown must not end the checks of the sessions
                 LOG.exception("waits cannot be shown")
 
-    def withdraw_revoked(self) -> None:
-        """The running job changes its keys where a certificate was revoked (PROTOCOL V). Retried at the next call
-        where the disk refuses to record it."""
+    def refresh_roster(self) -> None:
+        """Reload the roster if its file changed: the next job gets it, and the jobs before keep their own."""
+        rosters = self.context.rosters
+        before = rosters.current
+        try:
+            if not rosters.refresh():
+                return
+        except (BadInput, Refused) as error:
+            LOG.error("roster: %s; the one read before stays in force", with_hint(error))  # noqa: TRY400 - one line
+            return
+        now = rosters.current
+        for line in changes_of(now.sites, before.sites):
+            LOG.info("roster %s: %s", now.number or "(not numbered)", line)
+        self.changed()
+
+    def withdraw(self) -> None:
+        """Where a certificate was revoked, or a site removed from the roster, the running job goes on without the site
+        and changes its keys (PROTOCOL V). Retried at the next call where the disk refuses to record it."""
         found = self.running()
-        for name in self.sessions.revoked():
-            if found is not None:
-                LOG.warning("site %s: its certificate was revoked, the job gets new keys", name)
+        for name, why in self.sessions.withdrawn().items():
+            if found is not None and name in found.facts.sites:
+                LOG.warning("site %s: %s, the job goes on without it and gets new keys", name, why)
                 try:
                     found.withdrawn(name)
                 except (StoreProblem, OSError) as error:
                     LOG.warning("job %s: %s; retried", found.id, error)
                     continue
+                found.facts.sites[name].unable = why
+                found.put(SiteLeft(name))
             del self.sessions.last_peers[name]
+
+    def returned(self, name: SiteId) -> None:
+        """A site has a new session: what withdrew it before counts no more."""
+        for found in self.jobs.values():
+            view = found.facts.sites.get(name)
+            if view is not None and view.unable in WITHDRAWN.values():
+                view.unable = ""
 
     def seen(self) -> Seen:
         """The gauges of `/metrics`; called from another thread."""

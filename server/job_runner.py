@@ -46,6 +46,8 @@ from fedcore.store.spool import Stored
 from fedcore.types import SiteId
 
 LOG = logging.getLogger("fedcore.coordinator.job")
+_BEGAN = "began"
+"""The key of the journal that a job has once it left the queue."""
 
 
 @dataclass(frozen=True)
@@ -109,26 +111,41 @@ class JobRunner:
         roster: Roster | None = None,
     ) -> None:
         self.context, self.links, self.offer, self.id = context, links, offer, offer.job
-        self.roster = roster or context.rosters.current
-        """Fixed with the job: what the federation's roster becomes later is for other jobs."""
         self.submitter = submitter
         """Name of the operator that submitted it, from the certificate."""
         self.directory = context.folder / "jobs" / self.id
         """Folder of the job's files for people."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.on_change: Callable[[], None] = lambda: None
-        self.machine = JobMachine(
-            JobFacts(context.federation, offer, self.roster.sites, context.limits)
-        )
-        self.facts = self.machine.facts
-        self.disk = JobDisk(context.journal, context.spool, self.directory, self.facts)
+        self.on_pinned: Callable[[JobRunner], None] = lambda _: None
+        """Called when the job got another roster, before it begins."""
         self.mailbox = Mailbox[events.Event | _Fault](events.TimePassed())
-        self._sum = JobSum(context.pool, self.disk, context.retry_seconds)
-        self._plan = JobPlan(offer, self.roster.sites)
         self._stop: events.StopRequested | None = None
         """An operator's request; it counts while the disk refuses, too."""
         self._refused_since: float | None = None
         """Clock seconds of the first refusal of the disk since the round last went on."""
+        self._pin(roster or context.rosters.current)
+
+    def _pin(self, roster: Roster) -> None:
+        """Fix the job's roster: what the federation's roster becomes later is for other jobs."""
+        context, self.roster = self.context, roster
+        facts = JobFacts(context.federation, self.offer, roster.sites, context.limits)
+        self.machine, self.facts = JobMachine(facts), facts
+        self.disk = JobDisk(context.journal, context.spool, self.directory, facts)
+        self._sum = JobSum(context.pool, self.disk, context.retry_seconds)
+        self._plan = JobPlan(self.offer, roster.sites)
+
+    def _begin(self) -> None:
+        """A job that waited in the queue begins with the newest roster, for sites take no older one; from then on it
+        keeps it. Raises what the disk refuses."""
+        newest, journal = self.context.rosters.current, self.context.journal
+        if journal.get(self.id, _BEGAN) is not None or self.facts.plan is not None:
+            return
+        if (newest.number, newest.digest) != (self.roster.number, self.roster.digest):
+            LOG.info("job %s: begins with the roster that is the newest by now", self.id)
+            self._pin(newest)
+            self.on_pinned(self)
+        self.disk.put({ROSTER_KEY: self.roster.to_bytes(), _BEGAN: b"1"})
 
     @classmethod
     def stored(cls, context: CoordinatorContext, links: Sessions, name: str) -> JobRunner:
@@ -228,6 +245,7 @@ class JobRunner:
     async def _serve(self) -> None:
         if self.facts.outcome is not None:  # its end was on disk already
             return
+        self._begin()
         try:
             await self.handle(events.Resumed())
             if not self.facts.threshold and self.facts.outcome is None:

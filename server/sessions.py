@@ -37,6 +37,9 @@ FIRST_FRAME_SECONDS = 10.0
 EVICTED = "evicted"
 """Why a site that an operator evicted is `unable`, and the code of its Goodbye."""
 
+WITHDRAWN = {"revoked": "its certificate was revoked", "roster": "removed from the roster"}
+"""{check that its certificate fails: why a site is `unable`}, until it connects again."""
+
 EVICTED_GOODBYE = frames.Goodbye(EVICTED, "an operator sent this site away")
 
 
@@ -150,15 +153,16 @@ class Sessions:
                 if ping is not None:
                     session.put(ping)
 
-    def revoked(self) -> list[SiteId]:
-        """Sites whose last certificate is revoked; other certificates that do not count are forgotten."""
-        found = []
+    def withdrawn(self) -> dict[SiteId, str]:
+        """{site: why} of sites that were sent away since their last session: of WITHDRAWN; other
+        certificates that do not count are forgotten."""
+        found = {}
         for name, peer in list(self.last_peers.items()):
             try:
                 self.gate.still(peer)
             except CertificateRefused as error:
-                if error.check == "revoked":
-                    found.append(name)
+                if error.check in WITHDRAWN:
+                    found[name] = WITHDRAWN[error.check]
                 else:
                     del self.last_peers[name]
         return found

@@ -194,6 +194,7 @@ class SiteApi:
             return False
         self._sessions.begin(name, session)
         LOG.info("site %s: connected (%s)", name, frame.software)
+        self._hub.returned(name)
         found = self._hub.running()
         if found is not None:
             found.put(SiteConnected(name))

@@ -8,14 +8,15 @@ and the problem is reported once for each change of the file.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from fedcore.errors import RosterRefused
 from fedcore.files import stamp_of
-from fedcore.identity.identities import read_roster
+from fedcore.identity.signed_roster import read_pins
 from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.plan import canonical
 from fedcore.types import SiteId
@@ -28,11 +29,12 @@ ROSTER_KEY = "roster"
 class Roster:
     """Sites with their pinned keys. sites: {site: 32-byte Ed25519 public key}, in the roster's order.
 
-    number: of a signed roster, 1 or more; 0 for a file without a signature.
+    number: of a signed roster, 1 or more; 0 for a file without a signature. document: the signed file.
     """
 
     sites: Mapping[SiteId, bytes]
     number: int = 0
+    document: bytes = field(default=b"", repr=False, compare=False)
 
     @cached_property
     def digest(self) -> str:
@@ -40,7 +42,7 @@ class Roster:
         return roster_digest(self.sites)
 
     def to_bytes(self) -> bytes:
-        """For a journal."""
+        """For a journal; without the document."""
         rows = [[name, key.hex()] for name, key in self.sites.items()]
         return canonical({"number": self.number, "sites": rows})
 
@@ -51,42 +53,56 @@ class Roster:
         sites = {SiteId(name): bytes.fromhex(key) for name, key in found["sites"]}
         return cls(sites, found["number"])
 
-    def changes(self, before: "Roster") -> list[str]:
-        """What differs from an earlier roster, in words: one line each for sites added, removed, with another key."""
-        old, new = before.sites, self.sites
-        added, gone = [n for n in new if n not in old], [n for n in old if n not in new]
-        rekeyed = [n for n in new if n in old and old[n] != new[n]]
-        lines = [
-            f"{len(names)} site{'s' * (len(names) > 1)} {what}: {', '.join(names)}"
-            for names, what in ((added, "added"), (gone, "removed"), (rekeyed, "with another key"))
-            if names
-        ]
-        if not lines and list(old) != list(new):
-            lines.append("the order of the sites is another one")
-        return lines
+    def follows(self, before: "Roster", where: str) -> None:
+        """Return if this roster may take the place of an earlier one.
+
+        Raises RosterRefused for an older number, the same number with other content, and a roster without a number
+        after a signed one.
+        """
+        found, expected = f"number {self.number}", f"{before.number} or newer, the newest seen here"
+        if self.number == before.number and self.number and self.digest != before.digest:
+            found, expected = f"number {self.number} with other sites", "one roster of each number"
+        elif self.number >= before.number:
+            return
+        elif not self.number:
+            found, expected = "a roster without a number", f"number {expected}"
+        raise RosterRefused(
+            where, found, expected, "coordinator",
+            remedy="an older or a second roster may list a site that was removed: ask the federation's operator",
+        )  # fmt: skip
+
+
+def read_file(path: Path, authority_pem: bytes, federation: str) -> Roster:
+    """The roster of a file, verified where it is signed. Raises BadInput, SignatureRefused, RosterRefused."""
+    sites, signed = read_pins(path, authority_pem, federation)
+    if signed is None:
+        return Roster(sites)
+    return Roster(sites, signed.number, signed.to_toml())
 
 
 class RosterFile(Collection[SiteId]):
     """The newest roster, as last read from a file; a collection of the names of its sites.
 
-    current: the roster to begin with. path: the file, None where nothing is reloaded. read: the roster of the file, as
-    it may follow `current`; raises BadInput or Refused.
+    current: the roster to begin with. path: the file, None where nothing is reloaded. authority_pem, federation: what a
+    signed roster is verified against.
     """
 
     def __init__(
         self,
         current: Roster,
         path: Path | None = None,
-        read: Callable[[Path, Roster], Roster] = lambda path, _: Roster(read_roster(path)),
+        authority_pem: bytes = b"",
+        federation: str = "",
     ) -> None:
         self.current = current
-        self._path, self._read = path, read
+        self._path, self._authority, self._federation = path, authority_pem, federation
         self._stamp: tuple[int, ...] = ()
 
     def refresh(self) -> bool:
         """Reload the file if it changed; True if the roster is another one now. Costs one stat.
 
-        Raises what `read` raises, once for each change of the file; the roster stays as it was.
+        Raises BadInput, SignatureRefused and RosterRefused, once for each change of the file; the roster stays as it
+        was.
         """
         if self._path is None:
             return False
@@ -94,7 +110,8 @@ class RosterFile(Collection[SiteId]):
         if stamp == self._stamp:
             return False
         self._stamp = stamp  # before reading: a change while reading is seen next time
-        found = self._read(self._path, self.current)
+        found = read_file(self._path, self._authority, self._federation)
+        found.follows(self.current, str(self._path))
         if (found.number, found.digest) == (self.current.number, self.current.digest):
             return False
         self.current = found

@@ -164,21 +164,8 @@ class SignedRoster:
             )  # fmt: skip
 
     def changes(self, before: Mapping[SiteId, bytes]) -> list[str]:
-        """What differs from an earlier roster's sites, in words, one kind a line; empty if nothing does."""
-        added = [site for site in self.sites if site not in before]
-        removed = [site for site in before if site not in self.sites]
-        both = [site for site in self.sites if site in before]
-        rekeyed = [site for site in both if self.sites[site] != before[site]]
-        found = [
-            f"{_count(names)} {what}: {', '.join(names)}"
-            for names, what in (
-                (added, "added"), (removed, "removed"), (rekeyed, "with another identity key"),
-            )
-            if names
-        ]  # fmt: skip
-        if both != [site for site in before if site in self.sites]:
-            found.append("the order of the sites differs")
-        return found
+        """What differs from an earlier roster's sites, in words: see `changes_of`."""
+        return changes_of(self.sites, before)
 
 
 _ASK = "ask the operator for the newest roster.toml, and compare the fingerprint of authority.pem"
@@ -198,6 +185,24 @@ def read_pins(
     found = SignedRoster.parse(data, str(path))
     found.verify(authority_pem, federation)
     return dict(found.sites), found
+
+
+def changes_of(sites: Mapping[SiteId, bytes], before: Mapping[SiteId, bytes]) -> list[str]:
+    """What differs from an earlier roster's sites, in words, one kind a line; empty if nothing does."""
+    added = [site for site in sites if site not in before]
+    removed = [site for site in before if site not in sites]
+    both = [site for site in sites if site in before]
+    rekeyed = [site for site in both if sites[site] != before[site]]
+    found = [
+        f"{_count(names)} {what}: {', '.join(names)}"
+        for names, what in (
+            (added, "added"), (removed, "removed"), (rekeyed, "with another identity key"),
+        )
+        if names
+    ]  # fmt: skip
+    if both != [site for site in before if site in sites]:
+        found.append("the order of the sites differs")
+    return found
 
 
 def _signed_bytes(roster: SignedRoster) -> bytes:

@@ -305,9 +305,9 @@ def test_a_revocation_that_the_disk_refuses_is_recorded_later(tmp_path, monkeypa
     hub.sessions.last_peers["a"] = "a"
     with monkeypatch.context() as patch:
         patch.setattr(found.disk, "put", refuses)
-        hub.withdraw_revoked()
+        hub.withdraw()
     assert found.facts.withdrawn == set() and "a" in hub.sessions.last_peers
-    hub.withdraw_revoked()
+    hub.withdraw()
     assert found.facts.withdrawn == {"a"} and not hub.sessions.last_peers
     assert found.context.journal.get("job", "withdrawn") == b'["a"]'
 

@@ -112,7 +112,7 @@ def test_gathering_is_short_where_too_many_sites_cannot_take_part():
     found = Gathering(facts)
     assert found.check("ab", at()) is False
     ended = found.check("ab", at(LIMITS.gather))
-    assert ended.endswith("which needs 3; cannot take part: c, d")
+    assert ended.endswith("which needs 3; cannot take part: c (policy), d (policy)")
 
 
 def test_a_site_is_lost_after_the_grace_and_not_before():

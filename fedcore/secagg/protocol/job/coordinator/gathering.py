@@ -51,7 +51,8 @@ class Gathering:
                 f"which needs {needed}"
             )
             if unable:
-                text += f"; cannot take part: {', '.join(unable)}"
+                reasons = ", ".join(f"{name} ({others[name].unable})" for name in unable)
+                text += f"; cannot take part: {reasons}"
             why = self._facts.progress.text
             return f"{text}: {why}" if why else text
         for name in awaited:
