@@ -19,7 +19,9 @@ from pathlib import Path
 
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.context import Contributor, SiteContext
+from fedcore_clients.control import CONTROL_FILE, LOCK_FILE, ControlFile
 from fedcore_clients.health import ADDRESS, health
+from fedcore_clients.hours import when
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.offers import APPROVALS, offer_digest
@@ -44,7 +46,7 @@ from fedcore.identity.roster import ROSTER_KEY, Roster, RosterFile
 from fedcore.results import JobWait
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol import job_messages as job
-from fedcore.secagg.protocol import schedule
+from fedcore.secagg.protocol import messages, schedule
 from fedcore.secagg.protocol.job.site.rounds import header_of
 from fedcore.secagg.protocol.wire_form import encode, type_name
 from fedcore.store.disk import close_to_others
@@ -60,6 +62,7 @@ STATUS_FILE, RECIPE_FILE, JOURNAL_FILE = "status.json", "job.json", "journal.sql
 
 OWN_FILES = (
     "journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FILE, STATUS_FILE, AUDIT_FILES,
+    CONTROL_FILE, LOCK_FILE,
 )  # fmt: skip
 """What this process keeps in its folder, for its user alone."""
 
@@ -114,6 +117,9 @@ class Site:
         self.waits: dict[str, Waiting] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self.policy_file = PolicyFile(context.policy, config.policy_file)
+        self.control = ControlFile(context.folder)
+        self.away_text = ""
+        """Why this site takes part in nothing now, for its operator."""
         self.session = Session(kit, config, self._hello, self._on_frame, self._on_connected)
 
     def restore(self) -> None:
@@ -154,6 +160,8 @@ class Site:
                 if isinstance(message, job.JobOffer):
                     self._offered(message)
                 found = self.jobs.get(frame.job)
+                if isinstance(message, messages.Announce) and self._declines(found):
+                    return
                 if found is None:
                     LOG.warning("dropped a message of the unknown job %s", frame.job)
                 else:
@@ -163,6 +171,11 @@ class Site:
             case SmallDownload(start, data):
                 if start.job in self.jobs:
                     self.jobs[start.job].inline(start.digest, data)
+
+    def _declines(self, found: JobRunner | None) -> bool:
+        """Whether no new round is joined, outside the hours: the session ends at once, which says so."""
+        closed = self.context.policy.closed_until(datetime.now(UTC)) is not None
+        return closed and not (found is not None and found.job.in_round)
 
     def _offered(self, offer: job.JobOffer) -> None:
         """Keep the offer of a new job, also of one that is refused."""
@@ -219,10 +232,12 @@ class Site:
             "site": self.context.id, "coordinator": link.coordinator, "connected_since": link.since,
             "last_error": link.last_error, "jobs": rows, "written": time.time(),
             "running": running, "process": os.getpid(), "policy_problem": self.policy_file.problem,
+            "away": self.away_text, "control_problem": self.control.problem,
         }  # fmt: skip
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set. Raises Refused where the coordinator does not admit this site."""
+        await self._obey()
         self.restore()
         loop = asyncio.get_running_loop()
         session = loop.create_task(self.session.run())
@@ -264,10 +279,38 @@ class Site:
     async def _follow_operator(self) -> None:
         """Read what the operator changes on the disk, and act on it."""
         while True:
-            if self.policy_file.refresh():
-                for found in self.jobs.values():
-                    found.policy_changed()
+            await self._obey()
             await asyncio.sleep(OPERATOR_SECONDS)
+
+    async def _obey(self) -> None:
+        policy, changed = self.context.policy, self.policy_file.refresh()
+        if self.control.refresh():
+            policy.vetoed, changed = self.control.now.vetoed, True
+            if self.control.problem:
+                LOG.error("%s; this site pauses", self.control.problem)
+        if changed:
+            for found in self.jobs.values():
+                found.policy_changed()
+        word, text = self._away()
+        if text != self.away_text:
+            self.away_text = text
+            LOG.warning("%s", text or "this site takes part again")
+        if word:
+            await self.session.go_away(word)
+        else:
+            self.session.come_back()
+
+    def _away(self) -> tuple[str, str]:
+        """Why there is to be no session, for the coordinator and in words; ("", "") where there is to be one."""
+        said = self.control.now
+        if said.away:
+            return said.away, said.text
+        until = self.context.policy.closed_until(datetime.now(UTC))
+        if until is None:
+            return "", ""
+        text = f"outside the hours of this site's policy: no new round before {when(until)}"
+        busy = any(found.job.in_round for found in self.jobs.values())  # it is finished first
+        return "" if busy else "hours", text
 
     async def _keep_status(self) -> None:
         while True:

@@ -16,7 +16,9 @@ from fedcore.cli.audit import TrailPlace, audit_commands
 from fedcore.cli.console import application, echo, emit, run, say, start_logging
 from fedcore.errors import EXIT_REFUSED, BadInput
 
-if TYPE_CHECKING:  # it imports numpy, which `--help` does without
+if TYPE_CHECKING:  # they import numpy, which `--help` does without
+    from fedcore_clients.control import Control
+
     from fedcore.types import Json
 
 app = application("fed-site", "A site of a federation: its process, and what it is at.")
@@ -112,6 +114,62 @@ def approve(
     shown = {key: row[key] for key in ("job", "task", "offer", "label", "leaves")}
     about = f"task {row['task']}, {row['protection']}, {row['rounds']} rounds"
     _print(as_json, shown, [f"job {job} approved: {about}", *about_lines(row)])
+
+
+def _told(config: Path, as_json: bool, control: Control, done: str) -> None:
+    """Print what the operator decided, and when it takes effect."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.status import runs
+
+    acts = runs(read_config(config).folder)
+    when = "the running process acts on it now" if acts else "it holds when the process starts"
+    found = {"away": control.away, "vetoed": list(control.vetoed), "running": acts}
+    _print(as_json, found, [f"{done}: {when}"])
+
+
+@app.command()
+def pause(config: Config = _HERE, as_json: AsJson = False) -> None:
+    """Take part in nothing until `fed-site resume`. Acts at once, and holds across restarts."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.control import pause as pause_site
+
+    _told(config, as_json, pause_site(read_config(config).folder), "paused")
+
+
+@app.command()
+def resume(config: Config = _HERE, as_json: AsJson = False) -> None:
+    """Take part again, after `pause` or `leave`."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.control import resume as resume_site
+
+    _told(config, as_json, resume_site(read_config(config).folder), "resumed")
+
+
+@app.command()
+def leave(config: Config = _HERE, as_json: AsJson = False) -> None:
+    """Leave the federation. No further part in any job under way; `fed-site resume` comes back for later ones."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.control import leave as leave_all
+    from fedcore_clients.status import under_way
+
+    folder = read_config(config).folder
+    _told(config, as_json, leave_all(folder, under_way(folder)), "left")
+
+
+@app.command()
+def veto(
+    job: Annotated[str, typer.Argument(help="The job's id, as `fed-site jobs` prints it.")],
+    config: Config = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Take no further part in one job, for good. The others continue without this site."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.control import read_control
+    from fedcore_clients.status import veto_job
+
+    folder = read_config(config).folder
+    veto_job(folder, job)
+    _told(config, as_json, read_control(folder), f"job {job} vetoed")
 
 
 @app.command()

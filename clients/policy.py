@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import product
 from operator import gt, lt, ne
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool
+from fedcore_clients.hours import Hours, zone_of
+from pydantic import Field, StrictBool, field_validator
 
 from fedcore.config import TrainSection, build_job, read_settings
 from fedcore.errors import BadInput, PolicyRefused, Refused
@@ -27,6 +29,7 @@ from fedcore.secagg.protocol.job_messages import JobOffer
 
 SITE_FILE = "site.toml"
 POLICY, NOT_ALLOWED, OTHER_TASK = "policy", "task not allowed", "task differs"
+VETOED = "vetoed"
 """What the coordinator is told, of REASONS in protocol/job_messages.py."""
 
 Protections = Literal["encrypted", "masked", "layered"]
@@ -43,6 +46,7 @@ class PolicySection(Section):
     over all sites. release: who may get the last model. task_settings: whether a job may set what a task
     declares as its settings; else these have the defaults that are in its hashed code. guard_*: when this
     site leaves a job whose model gets worse on its own rows (PROTOCOL G).
+    hours, time_zone: when the site takes part in rounds (`hours.py`); None: always.
     jobs: "ask" waits for `fed-site approve`; "listed" runs the tasks of [tasks.NAME] within the limits;
     "any" runs these tasks without most_rounds, most_epochs and jobs_per_month. No task runs unlisted.
     """
@@ -63,6 +67,20 @@ class PolicySection(Section):
     guard_loss_factor: float = Field(default=1.5, gt=1)
     guard_rounds: int = Field(default=2, ge=1)
     jobs: Literal["ask", "listed", "any"] = "listed"
+    hours: str | None = None
+    time_zone: str = "UTC"
+
+    @field_validator("time_zone")
+    @classmethod
+    def _is_zone(cls, found: str) -> str:
+        zone_of(found)
+        return found
+
+    @field_validator("hours")
+    @classmethod
+    def _are_hours(cls, found: str | None) -> str | None:
+        Hours.of(found, "UTC")
+        return found
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,8 @@ class SitePolicy:
     sites: int
     tasks: Mapping[str, str]
     file: str = SITE_FILE
+    vetoed: Collection[str] = ()
+    """Jobs that the operator said no to."""
 
     def __post_init__(self) -> None:
         """Raise BadInput for a threshold that the roster cannot have."""
@@ -112,6 +132,11 @@ class SitePolicy:
     def on_offer(self, offer: JobOffer) -> PolicyRefused | None:
         """Why task or terms of a job are refused, before anything is read for it. Raises BadInput."""
         task, digest = offer.task, offer.task_digest
+        if offer.job in self.vetoed:
+            return PolicyRefused(
+                f"job {offer.job}: found it vetoed by this site's operator",
+                word=VETOED, remedy="`fed-site veto` is for good: the job may be submitted again",
+            )  # fmt: skip
         settings = read_settings(offer.settings)
         try:
             job = build_job(settings)
@@ -151,6 +176,10 @@ class SitePolicy:
         if what == "metrics" and not self.rules.public_metrics:
             return self._refusal("track.public_metrics", True, False, "public_metrics")
         return None
+
+    def closed_until(self, now: datetime) -> datetime | None:
+        """When the site takes part in rounds again; None within its hours."""
+        return Hours.of(self.rules.hours, self.rules.time_zone).closed_until(now)
 
     def _on_rows(self, job: str, before: Collection[str]) -> PolicyRefused | None:
         """Refuse a job beyond `jobs_per_month` over the same rows; a job that has begun continues."""

@@ -120,23 +120,56 @@ class Session:
         self.welcome: frames.Welcome | None = None
         self.refused: frames.Goodbye | None = None
         self._was_welcome = False
+        self.away = ""
+        """Why there is to be no session, of `frames.AWAY`; "" where there is to be one."""
+        self._wanted = asyncio.Event()
+        self._wanted.set()
+        self._attempt: asyncio.Task[None] | None = None
+
+    async def go_away(self, word: str) -> None:
+        """End the session, and begin none before `come_back`. word: of `frames.AWAY`, for the coordinator."""
+        already, self.away = self.away, word
+        if already:
+            return
+        self._wanted.clear()
+        await self.goodbye("the operator of the site wants it", word)
+        if self._attempt is not None:
+            self._attempt.cancel()
+
+    def come_back(self) -> None:
+        """Sessions may begin again; idempotent."""
+        self.away = ""
+        self._wanted.set()
 
     async def run(self) -> None:
         """Run sessions, one after the other, until the coordinator refuses this site permanently."""
         pause = FIRST_PAUSE
         while self.refused is None:
+            await self._wanted.wait()
             started = time.monotonic()
+            self._attempt = asyncio.get_running_loop().create_task(self._tried())
             try:
-                await self._once()
-            except (grpc.aio.AioRpcError, PeerRefused, BadInput, OSError) as error:
-                await self._explain(error)
-            except Exception as error:
-                LOG.exception("the session ended by a fault of this side")
-                self.last_error = type(error).__name__
+                await self._attempt
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                pause = FIRST_PAUSE  # the operator sent it away
+                continue
             if self._was_welcome and time.monotonic() - started > 2 * pause:
                 pause = FIRST_PAUSE
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _tried(self) -> None:
+        """One session, to its end, with a line in the log where it did not begin or broke off."""
+        try:
+            await self._once()
+        except (grpc.aio.AioRpcError, PeerRefused, BadInput, OSError) as error:
+            await self._explain(error)
+        except Exception as error:
+            LOG.exception("the session ended by a fault of this side")
+            self.last_error = type(error).__name__
 
     async def _once(self) -> None:
         config, self._was_welcome = self._config, False
@@ -268,12 +301,12 @@ class Session:
         self._telling.pop(job, None)
         self._put(frames.Doing(job, what))
 
-    async def goodbye(self, text: str) -> None:
-        """Tell the coordinator that this site stops, and flush the queue."""
+    async def goodbye(self, text: str, code: str = "stopping") -> None:
+        """Tell the coordinator that this site stops, or is away, and flush the queue."""
         out = self._out
         if out is None:
             return
-        self._put(frames.Goodbye("stopping", text))
+        self._put(frames.Goodbye(code, text))
         for _ in range(100):
             if out.empty():
                 break

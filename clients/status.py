@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedcore_clients.app import RECIPE_FILE, STATUS_FILE, job_folder, require_job
 from fedcore_clients.config import SiteConfig
+from fedcore_clients.control import veto
 from fedcore_clients.offers import approve_offer
 from fedcore_clients.state_files import StateFiles
 
@@ -108,11 +109,17 @@ def status_lines(status: Json) -> Iterator[str]:
     now, name = time.time(), status["site"]
     if not status["running"]:
         yield f"site {name}: not running (last status {ago(now - status['written'])} ago)"
+    elif status.get("away") and not status["connected_since"]:
+        yield f"site {name}: running, away (process {status['process']})"
     elif status["connected_since"]:
         since = ago(now - status["connected_since"])
         yield f"site {name}: connected to {status['coordinator']} for {since} (process {status['process']})"
     else:
         yield f"site {name}: running, not connected to {status['coordinator']} (process {status['process']})"
+    if status.get("away"):
+        yield status["away"]
+    if status.get("control_problem"):
+        yield f"control: {status['control_problem']}"
     if status.get("policy_problem"):
         yield f"policy: {status['policy_problem']}"
     if status["last_error"]:
@@ -157,6 +164,27 @@ def approve(folder: Path, job: str) -> Json:
             remedy="`fed-site jobs` lists the jobs that wait for approval",
         )
     approve_offer(folder, job, row["offer"])
+    return row
+
+
+def under_way(folder: Path) -> list[str]:
+    """The jobs of a site that are not over, by its last status; none where its process never ran."""
+    path = folder / STATUS_FILE
+    rows = read_json(path)["jobs"] if path.is_file() else []
+    return [row["job"] for row in rows if row["stage"] != "over"]
+
+
+def veto_job(folder: Path, job: str) -> Json:
+    """Say no to a job that this site was offered; its row of the status. Raises as `approve`."""
+    rows = {row["job"]: row for row in read_status(folder)["jobs"]}
+    require_job(job, rows, "`fed-site jobs` lists the jobs that this site was offered")
+    row: Json = rows[job]
+    if row["stage"] == "over":
+        raise Refused(
+            f"job {job}: found it over ({row['outcome']}), expected one under way",
+            remedy="`fed-site jobs` lists the jobs of this site",
+        )
+    veto(folder, job)
     return row
 
 

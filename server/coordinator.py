@@ -79,6 +79,18 @@ class Coordinator:
                 view.unable = EVICTED
             elif site not in self.context.rosters:
                 view.unable = WITHDRAWN["roster"]
+            view.missed |= site in self.sessions.away
+
+    def left(self, name: SiteId, code: str) -> None:
+        """A site said goodbye. No job waits for one that is away because its operator says so."""
+        if chosen := code in frames.AWAY:
+            self.sessions.note_away(name, code)
+        running = self.running()
+        for found in self.jobs.values():
+            if found is running:
+                found.put(SiteLeft(name, chosen))
+            elif chosen and found.facts.outcome is None:
+                found.facts.sites[name].missed = True
 
     def running(self) -> JobRunner | None:
         """The job that runs: the oldest that is not over."""
@@ -265,7 +277,8 @@ class Coordinator:
                 connected=session is not None, evicted=name in self.sessions.evicted,
                 since=session.since if session else None,
                 last_seen=session.last_seen if session else (view.last_seen if found else None),
-                doing=view.doing if session else "", unable=view.unable,
+                doing=view.doing if session else "",
+                unable=view.unable or self.sessions.away.get(name, ""),
             ).to_json()  # fmt: skip
         return out
 

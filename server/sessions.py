@@ -101,6 +101,9 @@ class Sessions:
         """The certificate of each site's last session: it may be revoked while the site is away."""
         kept = context.journal.get("coordinator", "evicted")
         self.evicted: set[str] = set(json.loads(kept)) if kept else set()
+        kept = context.journal.get("coordinator", "away")
+        self.away: dict[str, str] = json.loads(kept) if kept else {}
+        """{site: why it is away, of `frames.AWAY`}, where its operator says so."""
         self._packed: tuple[str, ToSite | None, bytes] = "", None, b""
         """The last job, message and serialised frame: the same message usually goes to all sites."""
 
@@ -131,12 +134,22 @@ class Sessions:
         if (session := self.open.get(SiteId(site))) is not None:
             session.end(EVICTED_GOODBYE)
 
+    def note_away(self, site: SiteId, code: str) -> None:
+        """Why a site is away, also for the next process; "" for one that is back."""
+        before = self.away.get(site, "")
+        self.away = {n: c for n, c in self.away.items() if n != site} | (
+            {site: code} if code else {}
+        )
+        if code != before:
+            self.context.journal.put("coordinator", "away", json.dumps(self.away).encode())
+
     def begin(self, name: SiteId, session: SiteSession) -> None:
         """This is the site's session from now on; an older one ends."""
         before = self.open.get(name)
         if before is not None:
             before.end(frames.Goodbye("replaced", "a newer session of this site"))
         self.open[name] = session
+        self.note_away(name, "")
         self.counts.sessions += 1
         session.put(welcome(self.context.federation))
 

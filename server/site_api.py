@@ -15,7 +15,7 @@ from fedcore_server.sessions import SiteSession
 
 from fedcore.errors import BadInput, MalformedMessage, PeerRefused, StoreProblem, VersionRefused
 from fedcore.identity.peer import Peer
-from fedcore.secagg.protocol.job.coordinator.events import MessageReceived, SiteConnected, SiteLeft
+from fedcore.secagg.protocol.job.coordinator.events import MessageReceived, SiteConnected
 from fedcore.store.spool import IncomingUpload, Stored
 from fedcore.types import SiteId
 from fedcore.wire import calls, chunks, frames
@@ -227,8 +227,7 @@ class SiteApi:
             case frames.Goodbye():
                 LOG.info("site %s: goodbye: %s", name, frame.code)
                 session.end(None)
-                if running is not None:
-                    running.put(SiteLeft(name))
+                self._hub.left(name, frame.code)
             case frames.Hello():
                 raise MalformedMessage(
                     "session", found="a second Hello", expected="none", fault=name

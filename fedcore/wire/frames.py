@@ -35,8 +35,14 @@ GOODBYES = {
     "roster": False,  # the identity keys pinned on both sides differ, or the site is not among them
     "revoked": False,  # the certificate was revoked
     "evicted": False,  # an operator evicted the site
+    "paused": True,  # the operator of the site paused it
+    "left": True,  # the operator of the site left the federation, until further notice
+    "hours": True,  # outside the hours in which the site takes part
 }
 """{why a session ends: whether a later reconnect can succeed}."""
+
+AWAY = ("paused", "left", "hours")
+"""Of these, those by which a site is away because its operator says so."""
 
 WHAT = ("sum", "checkpoint")
 """What a site may download."""

@@ -35,9 +35,10 @@ class SiteConnected:
 
 @dataclass(frozen=True)
 class SiteLeft:
-    """A site announced that it stops."""
+    """A site announced that it stops. chosen: its operator says so, and no round waits for it."""
 
     site: SiteId
+    chosen: bool = False
 
 
 @dataclass(frozen=True)

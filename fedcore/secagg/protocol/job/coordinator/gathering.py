@@ -70,7 +70,8 @@ class Gathering:
         view.rest, view.missed, view.away_since = None, False, None
 
     def lost(self, at: Moment) -> list[SiteId]:
-        """Sites that lost their connection longer ago than the grace: a round goes on without them."""
+        """Sites that lost their connection longer ago than the grace, or that no round waits for: a round goes on
+        without them."""
         found = []
         for name, view in self._facts.sites.items():
             if name in at.here:
@@ -78,7 +79,7 @@ class Gathering:
                 continue
             if view.away_since is None:
                 view.away_since = at.now
-            if at.now - view.away_since >= self._facts.limits.grace:
+            if view.missed or at.now - view.away_since >= self._facts.limits.grace:
                 found.append(name)
         return found
 

@@ -129,7 +129,8 @@ class JobMachine:
                     self.take_upload(name)
             case events.SiteConnected(name):
                 self._greet(name)
-            case events.SiteLeft(name):
+            case events.SiteLeft(name, chosen):
+                facts.sites[name].missed |= chosen
                 self._gone(name)
             case events.StopRequested(text, outcome):
                 self.end(outcome, text)

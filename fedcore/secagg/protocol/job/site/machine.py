@@ -106,6 +106,10 @@ class SiteJob:
         return NOWHERE if self.parts is None else self.parts.rounds.stage
 
     @property
+    def in_round(self) -> bool:
+        return self.parts is not None and self.parts.rounds.in_round
+
+    @property
     def ended(self) -> job_messages.JobEnded | None:
         return self.end.ended
 
