@@ -218,7 +218,7 @@ def site_of(folder, **rules):
 
 def announced():
     header = certificate().header
-    return pack_record("job", messages.Announce(header, b"s" * 64), TO_SITE)
+    return pack_record("job", messages.Announce(header), TO_SITE)
 
 
 def test_outside_its_hours_a_site_joins_no_round_and_then_ends_its_session(tmp_path):
