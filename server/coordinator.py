@@ -86,7 +86,7 @@ class Coordinator:
         if chosen := code in frames.AWAY:
             self.sessions.note_away(name, code)
         running = self.running()
-        for found in self.jobs.values():
+        for found in (each for each in self.jobs.values() if name in each.facts.sites):
             if found is running:
                 found.put(SiteLeft(name, chosen))
             elif chosen and found.facts.outcome is None:

@@ -235,6 +235,7 @@ def test_outside_its_hours_a_site_joins_no_round_and_then_ends_its_session(tmp_p
         found.context.policy.rules = policy_of().rules
         await site._obey()
         assert site.session.away == "" and site.status()["away"] == ""
+        before = found.mailbox.backlog
         site._on_frame(announced())
         assert found.mailbox.backlog == before + 1, "control"
 
