@@ -19,8 +19,9 @@ from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.protocol.round.site import Exchange, Secrets, SiteProgress
 from fedcore.secagg.protocol.wire_form import encode
-from fedcore.store import journal as module
-from fedcore.store.journal import SCHEMA, Journal
+from fedcore.store import sqlite as module
+from fedcore.store.database import SCHEMA
+from fedcore.store.journal import Journal
 
 PRELUDE = """
 import os, resource, sys
@@ -116,7 +117,7 @@ def test_calls_from_many_threads_wait_for_each_other(path):
 def test_every_commit_is_synced_and_files_are_private(path):
     with Journal.open(path, party="va") as journal:
         settings = [
-            journal._sqlite._run(f"PRAGMA {name}") for name in ("synchronous", "journal_mode")
+            journal._database._run(f"PRAGMA {name}") for name in ("synchronous", "journal_mode")
         ]
         assert settings == [2, "wal"]  # FULL: a sync of the log in every commit
         journal.append("job", "round", [SiteProgress(1, b"")])
@@ -193,7 +194,7 @@ def test_removed_secrets_are_in_no_file(path, seed, steps):
 
 
 def test_without_the_scrub_they_would_still_be_there(path, without):
-    without(module._Sqlite, "scrub")
+    without(module.SqliteFile, "scrub")
     with Journal.open(path, party="va") as journal:
         assert history(journal, path, random.Random(0), 100)[1] > 0
 
@@ -216,7 +217,7 @@ def test_what_a_kill_in_the_middle_of_a_compaction_left_goes_when_the_journal_is
         """
         journal = Journal.open(path, party="va")
         journal.append("job", "round", [Secrets(*[SecretBytes(sys.argv[2].encode())] * 3)])
-        journal._sqlite.scrub = lambda: os.kill(os.getpid(), 9)
+        journal._database.scrub = lambda: os.kill(os.getpid(), 9)
         journal.compact("job", "round", [SiteProgress(7, b"")])
         """,
         path, secret,
@@ -252,12 +253,12 @@ def test_a_trim_is_one_commit(path):
 
 def test_commits_are_synced_again_after_an_erasure_and_one_that_failed(path):
     def setting(journal):
-        return journal._sqlite._run("PRAGMA synchronous")
+        return journal._database._run("PRAGMA synchronous")
 
     seen = []
     with Journal.open(path, party="va") as journal:
-        scrub = journal._sqlite.scrub
-        journal._sqlite.scrub = lambda: (seen.append(setting(journal)), scrub())
+        scrub = journal._database.scrub
+        journal._database.scrub = lambda: (seen.append(setting(journal)), scrub())
         journal.append("job", "round", [SiteProgress(1, b"")])
         for erase in (
             lambda: journal.compact("job", "round"), lambda: journal.forget("job", "key"),
@@ -272,7 +273,7 @@ def test_commits_are_synced_again_after_an_erasure_and_one_that_failed(path):
         def refused():
             raise sqlite3.OperationalError
 
-        journal._sqlite.scrub = refused
+        journal._database.scrub = refused
         with pytest.raises(sqlite3.OperationalError):
             journal.compact("job", "round")
         assert setting(journal) == 2
@@ -420,7 +421,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(path):
 def test_an_error_names_neither_statement_nor_content(path):
     secret = os.urandom(8).hex()
     with Journal.open(path, party="va") as journal:
-        journal._sqlite._run("DROP TABLE kept_values")
+        journal._database._run("DROP TABLE kept_values")
         with pytest.raises(StoreProblem) as caught:
             journal.put("job", secret, secret.encode())
         text = "".join(traceback.format_exception(caught.value))

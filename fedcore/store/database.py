@@ -1,0 +1,190 @@
+"""What a journal needs of a database: its tables, its statements, and what differs from one kind to the other.
+
+Two kinds exist: an SQLite file of one party (`sqlite.py`), and a PostgreSQL database in which several parties
+keep theirs (`postgresql.py`): there each row has the name of its party.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    Column,
+    Connection,
+    Executable,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    bindparam,
+    delete,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import DBAPIError
+
+from fedcore.errors import StoreProblem
+
+SCHEMA = 2
+"""Increase it with every change of a table or of the byte form, and document here how the old one is read."""
+
+
+class Database(Protocol):
+    """An open database of one kind, with one connection. Its methods are called by one thread at a time."""
+
+    connection: Connection
+    name: str
+    """How messages call it; without a password."""
+    tables: Tables
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+
+    def close(self) -> None:
+        """Close the connection and let another process open the journal. Idempotent."""
+
+    def writing(self) -> AbstractContextManager[object]:
+        """A transaction that is durable at its end, and refused where this process may not write any more."""
+
+    def erasing(self) -> AbstractContextManager[object]:
+        """As `writing`; afterwards removed data are gone as far as this kind of database can do that."""
+
+    def fault(self) -> str:
+        """What an integrity check found, or ""."""
+
+    def refused(self, doing: str, error: DBAPIError) -> StoreProblem:
+        """An error of the driver in one line, without the statement or its values."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of a journal. by_party: they hold the rows of several parties, each with its party's name."""
+
+    all: MetaData
+    records: Table
+    values: Table
+    meta: Table
+    by_party: bool
+
+    def of(self, table: Table, party: str) -> tuple[Any, ...]:
+        """The condition that a row is of this party; none in a database of one party."""
+        return (table.c.party == party,) if self.by_party else ()
+
+
+@cache
+def tables(*, by_party: bool, schema: str | None = None) -> Tables:
+    """The tables, described once in a process. schema: of PostgreSQL, where they are."""
+
+    def party() -> list[Column[str]]:
+        return [Column("party", String(300), primary_key=True)] if by_party else []
+
+    every = MetaData(schema=schema)
+    name = "party" if by_party else ""
+    records = Table(
+        "records", every,
+        Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+        *([Column(name, String(300), nullable=False)] if name else []),
+        Column("job", String(64), nullable=False),
+        Column("stream", String(64), nullable=False),
+        Column("kind", String(64), nullable=False),
+        Column("body", LargeBinary, nullable=False),
+        Column("created_at", Float, nullable=False),
+    )  # fmt: skip
+    order = [records.c[each] for each in (name, "job", "stream", "id") if each]
+    Index("records_in_order", *order)
+    values = Table(
+        "kept_values", every, *party(),
+        Column("job", String(64), primary_key=True),
+        Column("key", String(64), primary_key=True),
+        Column("body", LargeBinary, nullable=False),
+    )  # fmt: skip
+    meta = Table(
+        "meta", every, *party(),
+        Column("name", String(64), primary_key=True),
+        Column("value", String(256), nullable=False),
+    )  # fmt: skip
+    return Tables(every, records, values, meta, by_party)
+
+
+class Compiled:
+    """A statement in the words of one database: compiling it took longer than the commit."""
+
+    def __init__(self, statement: Executable, dialect: Dialect) -> None:
+        compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
+        self._text, self._ordered = str(compiled), compiled.positiontup
+        self._names = self._ordered or list(compiled.params)
+
+    def run(self, connection: Connection, *rows: Mapping[str, Any]) -> Any:
+        """Execute it for every row; names that it does not use are ignored."""
+        given: list[Any] = [
+            tuple(row[n] for n in self._names)
+            if self._ordered
+            else {n: row[n] for n in self._names}
+            for row in rows
+        ]
+        return connection.exec_driver_sql(self._text, given[0] if len(given) == 1 else given)
+
+
+class Statements:
+    """The frequent statements. Parameters: of: the job; named: the stream or the key; value; party where rows
+    have one; for `add` the columns of a record."""
+
+    def __init__(self, dialect: Dialect, found: Tables) -> None:
+        records, values = found.records, found.values
+
+        def mine(table: Table, column: str) -> tuple[Any, ...]:
+            here = (table.c.job == bindparam("of"), table.c[column] == bindparam("named"))
+            return (table.c.party == bindparam("party"), *here) if found.by_party else here
+
+        party = {"party": bindparam("party")} if found.by_party else {}
+        columns = {c.name: bindparam(c.name) for c in records.c if c.name != "id"}
+        place = mine(values, "key")
+        new = {"job": bindparam("of"), "key": bindparam("named"), "body": bindparam("value")}
+        self.add = Compiled(insert(records).values(columns), dialect)
+        self.clear = Compiled(delete(records).where(*mine(records, "stream")), dialect)
+        self.change = Compiled(update(values).where(*place).values(body=bindparam("value")), dialect)
+        self.new = Compiled(insert(values).values(new | party), dialect)
+        self.get = Compiled(select(values.c.body).where(*place), dialect)
+        self.remove = Compiled(delete(values).where(*place), dialect)
+
+
+@cache
+def statements(driver: str, found: Tables) -> Statements:
+    """The statements of every journal of this kind of database, compiled once in a process."""
+    return Statements(URL.create(driver).get_dialect()(), found)
+
+
+def check_meta(name: str, meta: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Raises StoreProblem unless a journal's version is ours and it is of the expected party (`party`), or of
+    the expected federation (`authority`: SHA-256 of its certificate)."""
+    version = meta.get("version", "")
+    if version != str(SCHEMA):
+        raise StoreProblem(
+            f"{name}: found version {version or 'none'}, expected {SCHEMA}",
+            remedy="another Fedcore wrote it: run that one, or name another file or database",
+        )
+    for key, value in expected.items():
+        if meta.get(key) == value:
+            continue
+        if key == "authority":
+            raise StoreProblem(
+                f"{name}: found the journal of another federation of this name, whose authority is "
+                f"{str(meta.get(key))[:16]}, expected {value[:16]}",
+                remedy="give this federation another name or another database",
+            )
+        raise StoreProblem(
+            f"{name}: found the journal of {meta.get(key)!r}, expected {value!r}",
+            remedy="give every party a folder of its own",
+        )

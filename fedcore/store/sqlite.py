@@ -1,0 +1,180 @@
+"""A journal's database as an SQLite file: one party's, opened by one process at a time.
+
+Records of a site hold the round's secrets. A DELETE does not erase them, and SQLite's secure_delete is not
+enough: it clears freed cells, but not copies from earlier moves of rows between pages. In five of six random
+histories a removed secret was still in the file. So the remaining data are rewritten (VACUUM) and the
+write-ahead log, which holds everything twice, is truncated. That costs 1 ms and two fsyncs, and 5 ms for
+every MB that remains: keep a large state in the spool, and its digest here. A program cannot erase what a file
+system or an SSD keeps of overwritten blocks: put the folder of a site on an encrypted disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, create_engine, insert, inspect, select
+from sqlalchemy.engine.base import Transaction
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from fedcore.errors import StoreFull, StoreProblem
+from fedcore.files.lock import FileLock
+from fedcore.store.database import SCHEMA, check_meta, tables
+from fedcore.store.disk import FREE_SOME, make_folder, refusals, sync_folder
+
+
+class SqliteFile:
+    """Everything specific to SQLite: the file and its lock, durability, erasing, integrity check."""
+
+    def __init__(self, path: Path, lock: FileLock) -> None:
+        self._path, self._lock = path, lock
+        self.name, self.tables = f"journal {path}", tables(by_party=False)
+        engine = create_engine(
+            URL.create("sqlite", database=str(path)), poolclass=NullPool, hide_parameters=True,
+            connect_args={"check_same_thread": False},
+        )  # fmt: skip
+        self.connection = engine.connect()
+
+    @classmethod
+    def open(cls, path: Path, party: str) -> SqliteFile:
+        """Open or create it, and erase what a crash left of removed data. Raises StoreProblem: see
+        `Journal.open`."""
+        with contextlib.ExitStack() as undo:
+            with refusals("journal", path):
+                make_folder(path.parent)
+                lock = _lock(path)
+                undo.callback(lock.release)
+                # SQLite creates its log with the mode of the database: both are for this user only.
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+                sync_folder(path.parent)
+            try:
+                found = cls(path, lock)
+                undo.callback(found.connection.close)
+                found._prepare(party)
+            except DBAPIError as error:
+                raise _refused("open", path, error) from error
+            undo.pop_all()
+        return found
+
+    def _prepare(self, party: str) -> None:
+        every, meta = self.tables.all, self.tables.meta
+        self.tune()
+        with self.connection.begin():
+            found = set(inspect(self.connection).get_table_names())
+        if found - set(every.tables):
+            raise StoreProblem(
+                f"{self.name}: found another program's tables, expected a journal",
+                remedy="name another file",
+            )
+        known = {}
+        if meta.name in found:
+            with self.connection.begin():
+                known = {row.name: row.value for row in self.connection.execute(select(meta))}
+        if known:
+            check_meta(self.name, known, {"party": party})
+        else:
+            rows = [{"name": "version", "value": str(SCHEMA)}, {"name": "party", "value": party}]
+            with self.connection.begin():
+                every.create_all(self.connection, checkfirst=bool(found))
+                self.connection.execute(insert(meta), rows)
+        self.scrub()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._lock.released
+
+    def close(self) -> None:
+        """Close the file and release its lock. Idempotent."""
+        if not self._lock.released:
+            self.connection.close()
+            self._lock.release()
+
+    def writing(self) -> Transaction:
+        """A transaction; durable at its end."""
+        return self.connection.begin()
+
+    @contextlib.contextmanager
+    def erasing(self) -> Iterator[None]:
+        """A transaction whose removed data are erased from the files afterwards."""
+        with self.synced_at_the_end():
+            with self.connection.begin():
+                yield
+            self.scrub()
+
+    def refused(self, doing: str, error: DBAPIError) -> StoreProblem:
+        """An error of SQLite in one line."""
+        return _refused(doing, self._path, error)
+
+    def tune(self) -> None:
+        """One fsync of the log per commit; temporary tables stay in memory. Exclusive locking, because a
+        reader in another process would prevent truncating the log."""
+        self._run(
+            "PRAGMA locking_mode=EXCLUSIVE",
+            "PRAGMA journal_mode=WAL",
+            "PRAGMA synchronous=FULL",
+            "PRAGMA fullfsync=ON",  # macOS: fsync alone does not flush the drive's cache
+            "PRAGMA temp_store=MEMORY",
+        )
+
+    def scrub(self) -> None:
+        """Rewrite the remaining data and truncate the log: afterwards no file contains removed data."""
+        self._run("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
+
+    @contextlib.contextmanager
+    def synced_at_the_end(self) -> Iterator[None]:
+        """For commits before a scrub. The scrub fsyncs the log before it copies it into the file, and the file
+        before it truncates the log, so an fsync for each of these commits would be redundant."""
+        self._run("PRAGMA synchronous=NORMAL")
+        try:
+            yield
+        finally:
+            self._run("PRAGMA synchronous=FULL")
+
+    def fault(self) -> str:
+        """What the integrity check found, or ""."""
+        found = self._run("PRAGMA integrity_check(1)")
+        return "" if found == "ok" else str(found)
+
+    def _run(self, *statements: str) -> Any:
+        """Execute statements in order, outside any transaction; returns the first value of the last one."""
+        found = None
+        for statement in statements:
+            # Python's driver begins no transaction for these statements, although SQLAlchemy does.
+            with self.connection.begin():
+                result = self.connection.exec_driver_sql(statement)
+                found = result.scalar() if result.returns_rows else None
+        return found
+
+
+def _lock(path: Path) -> FileLock:
+    """The journal's lock. Raises StoreProblem with the id of the process that has it."""
+
+    def refusal(holder: str) -> StoreProblem:
+        return StoreProblem(
+            f"journal {path}: found process {holder} using it, expected no other process",
+            remedy="one process to a party: stop that one, or give this one a folder of its own",
+        )
+
+    return FileLock(path.with_name(path.name + ".lock"), refusal)
+
+
+def _refused(doing: str, path: Path, error: DBAPIError) -> StoreProblem:
+    reason = str(error.orig)  # str(error) would contain the statement
+    name = getattr(error.orig, "sqlite_errorname", "")
+    what = f"journal {path}: {doing}"
+    if name == "SQLITE_FULL":
+        return StoreFull(f"{what}: found no room ({reason}), expected some", remedy=FREE_SOME)
+    remedy = {
+        "SQLITE_NOTADB": "the file is no journal: name another one",
+        "SQLITE_CORRUPT": "the file is damaged: check the disk, then start this party anew",
+    }.get(name, "")
+    if name.startswith("SQLITE_IOERR"):
+        remedy = "is the disk full or failing? nothing of this step was kept"
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
+        remedy = f"give this user the right to write to {path.parent}, or name another folder"
+    return StoreProblem(f"{what}: found it refused ({reason})", remedy=remedy)
