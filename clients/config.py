@@ -93,6 +93,10 @@ class SiteConfig(CoordinatorAddress):
     None where it is in this one. keep_secrets_days: how long the secrets of a job's key epochs stay after its end, for
     sites that missed its last release."""
 
+    refused = dict.fromkeys(
+        ("database", "database_file"),
+        "a site's journal has secrets, which only a file in `folder` can erase: leave it out",
+    )
     site: str
     kit: Path
     identity: Path

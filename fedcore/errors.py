@@ -9,6 +9,7 @@
     |   |-- PlanRefused       3  no packing proves headroom; carries the largest value that fits
     |   |-- PolicyRefused     3  this site's [policy] does not allow it; carries the coordinator's word
     |   |-- Unavailable       3  a protection whose library is missing or broken here
+    |   |-- LeaseLost         3  another process took over this one's journal: it writes nothing more
     |   |-- GuardTripped      3  a site leaves a job whose released model it does not trust; carries why
     |   `-- PeerRefused       3  bytes from the other side break a rule of the round
     |       |-- ChunkRefused       3  truncated, oversized, foreign or malformed ciphertext chunk
@@ -128,6 +129,10 @@ class PolicyRefused(Refused):
 
 class Unavailable(Refused):
     """A protection that this machine cannot run; the others still can."""
+
+
+class LeaseLost(Refused):
+    """Another process holds the lease of this journal now, or may: no retry helps."""
 
 
 class GuardTripped(Refused):

@@ -6,10 +6,11 @@ the journal is read before the port is bound, so no call meets a coordinator wit
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 import grpc.aio
@@ -26,12 +27,13 @@ from fedcore.audit.keys import CoordinatorSigner
 from fedcore.audit.lines import Fact
 from fedcore.audit.trail import OWN_FILES as AUDIT_FILES
 from fedcore.audit.trail import AuditTrail
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, LeaseLost, StoreProblem
+from fedcore.files.lock import FileLock
 from fedcore.identity.kit import Kit
 from fedcore.identity.revocation import Revocations
 from fedcore.identity.roster import Roster, RosterFile
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
-from fedcore.store.disk import close_to_others
+from fedcore.store.disk import close_to_others, make_folder, refusals
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls
@@ -41,7 +43,7 @@ LOG = logging.getLogger("fedcore.coordinator")
 GRACE_SECONDS = 5.0
 """Timeout of open calls after a signal."""
 
-OWN_FILES = ("journal.sqlite*", "spool", "jobs", AUDIT_FILES)
+OWN_FILES = ("journal.sqlite*", "coordinator.lock", "spool", "jobs", AUDIT_FILES)
 """Files of this process in its folder, readable for its user only."""
 
 KEEPALIVE = (
@@ -96,9 +98,8 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
     limits = config.limits
     close_to_others(config.folder, OWN_FILES)
     with (
-        Journal.open(
-            config.folder / "journal.sqlite", party=f"coordinator of {config.name}"
-        ) as journal,
+        _folder_lock(config),
+        open_journal(config, kit, show) as journal,
         AuditTrail.open(
             config.folder, CoordinatorSigner(kit), audit_facts(config, kit, rosters.current)
         ) as audit,
@@ -126,6 +127,42 @@ def audit_facts(config: FederationConfig, kit: Kit, roster: Roster) -> dict[str,
         "party": f"coordinator of {config.name}", "certificate": kit.certificate_pem.decode(),
         "software": fedcore.__version__, "roster": roster.digest, "sites": tuple(roster.sites),
     }  # fmt: skip
+
+
+def open_journal(config: FederationConfig, kit: Kit, show: Callable[[str], None]) -> Journal:
+    """The coordinator's journal: in its folder, or where `database` is. On a server it may belong to another
+    coordinator of this federation: then this one waits as a standby, and `show` says so. Raises FedcoreError."""
+    party = f"coordinator of {config.name}"
+    if config.database is None:
+        return Journal.open(config.folder / "journal.sqlite", party=party)
+    from fedcore.store.postgresql import PostgresqlDatabase
+
+    authority = hashlib.sha256(kit.authority_pem).hexdigest()
+    database = PostgresqlDatabase.open(config.database, party=party, authority=authority, wait=show)
+    return Journal(database, party)
+
+
+@contextlib.contextmanager
+def _folder_lock(config: FederationConfig) -> Iterator[None]:
+    """Keep other processes from this folder where its journal, which has a lock, is elsewhere. Raises
+    StoreProblem."""
+
+    def refusal(holder: str) -> StoreProblem:
+        return StoreProblem(
+            f"folder {config.folder}: found process {holder} using it, expected no other process",
+            remedy="give every coordinator, also a standby, a folder of its own",
+        )
+
+    if config.database is None:
+        yield
+        return
+    with refusals("folder", config.folder):
+        make_folder(config.folder)
+        lock = FileLock(config.folder / "coordinator.lock", refusal)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _vectors(limits: LimitsSection, sites: int) -> int:
@@ -159,23 +196,39 @@ async def _serve(
         await _until_signal(hub, probes, server)
 
 
+async def _lease_lost(journal: Journal) -> None:
+    """Wait until another coordinator took the journal over. Raises LeaseLost."""
+    loop = asyncio.get_running_loop()
+    known: asyncio.Future[None] = loop.create_future()
+
+    def tell(error: LeaseLost) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the work with it
+            loop.call_soon_threadsafe(known.set_exception, error)
+
+    journal.on_loss(tell)
+    await known
+
+
 async def _until_signal(hub: Coordinator, probes: Probes, server: grpc.aio.Server) -> None:
-    """Run the jobs until SIGTERM or SIGINT, then end every call in an orderly way."""
+    """Run the jobs until SIGTERM or SIGINT, then end every call in an orderly way. Raises LeaseLost."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, stop.set)
     work = loop.create_task(hub.run())
     waiting = loop.create_task(stop.wait())
+    lost = loop.create_task(_lease_lost(hub.context.journal))
     try:
-        await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            work.result()
+        await asyncio.wait({work, waiting, lost}, return_when=asyncio.FIRST_COMPLETED)
+        for ended in (lost, work):
+            if ended.done():
+                ended.result()
     finally:
         waiting.cancel()
+        lost.cancel()
         await probes.end()
         hub.sessions.close()
         work.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, LeaseLost):
             await work
         await server.stop(GRACE_SECONDS)

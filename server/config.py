@@ -3,6 +3,8 @@
 name = "hospitals"          roster = "roster.toml"        kit = "kit"         folder = "state"
 listen = ["::"]             port = 7443                   revoked = "revoked.txt"
 metrics_port = 9443         # Prometheus counters, on 127.0.0.1 only; off without it
+database = "postgresql://user@host/name"   # for the journal; without it an SQLite file in `folder`
+database_file = "database-url"             # in place of it: a file with the URL, for one with a password
 [limits]                    stage_seconds, gather_seconds, minimum_sites, enough_vectors, ...
 
 operator.toml: the coordinator of an operator's commands.
@@ -11,12 +13,14 @@ coordinator = "hub.example.org:7443"    kit = "kit"    proxy = "none"
 """
 
 import os
+import re
 from pathlib import Path
 
 from pydantic import Field
 
 from fedcore.errors import BadInput
 from fedcore.files.toml import Section, read_toml
+from fedcore.identity.kit import read_private
 from fedcore.identity.preflight import CoordinatorAddress, endpoint
 
 OPERATOR_FILE = "operator.toml"
@@ -59,12 +63,27 @@ class FederationConfig(Section):
     port: int = Field(default=7443, ge=0, lt=65536)
     metrics_port: int | None = Field(default=None, ge=0, lt=65536)
     revoked: Path | None = None
+    database: str | None = Field(default=None, repr=False)
+    database_file: Path | None = None
     limits: LimitsSection = LimitsSection()
 
 
 def read_config(path: Path) -> FederationConfig:
     """The configuration of a file. Raises BadInput with the key's path, and UnknownName."""
-    return read_toml(FederationConfig, path, paths=("roster", "kit", "folder", "revoked"))
+    paths = ("roster", "kit", "folder", "revoked", "database_file")
+    found = read_toml(FederationConfig, path, paths=paths)
+    if found.database is None and found.database_file is None:
+        return found
+    if found.database is not None and found.database_file is not None:
+        raise BadInput(f"{path.name}: found database and database_file, expected one of them")
+    # A URL with a password is a key: only this user may read the file.
+    if found.database_file is not None:
+        url = read_private(found.database_file).decode(errors="replace").strip()
+    else:
+        url = found.database or ""
+        if re.search(r"//[^/@]*:[^/@]*@", url):
+            read_private(path)
+    return found.model_copy(update={"database": url})
 
 
 class OperatorConfig(CoordinatorAddress):

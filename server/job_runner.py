@@ -25,7 +25,7 @@ from fedcore_server.job_disk import JobDisk
 from fedcore_server.sessions import Sessions
 
 from fedcore.config import Job, build_job, plan_of
-from fedcore.errors import FedcoreError, StoreFull, StoreProblem
+from fedcore.errors import FedcoreError, LeaseLost, StoreFull, StoreProblem
 from fedcore.identity.roster import ROSTER_KEY, Roster
 from fedcore.results import MetricsRow, ReferenceGap
 from fedcore.runtime.mailbox import Mailbox, keep_serving
@@ -223,7 +223,7 @@ class JobRunner:
         self._feed(events.StopRequested(text, outcome))
 
     async def run(self) -> None:
-        """Run the job to its end. Never raises an Exception, so the next job in the queue runs.
+        """Run the job to its end. Raises LeaseLost only, so the next job in the queue runs.
 
         One policy for every fault, of the queue and of background work. Where the disk refuses
         (StoreProblem, OSError), everything is read from it again, as a new process would, and the job continues.
@@ -235,6 +235,8 @@ class JobRunner:
             self._serve, tolerates=self._tolerates, restore=self._restore,
             retry_seconds=self.context.retry_seconds,
         )  # fmt: skip
+        if isinstance(fault, LeaseLost):  # the job is another coordinator's now
+            raise fault
         if self._stop is not None:
             await self._end_surely(self._stop.outcome, self._stop.text)
         elif fault is not None:
@@ -283,6 +285,8 @@ class JobRunner:
         while self.facts.outcome is None:
             try:
                 self.end(outcome, text)
+            except LeaseLost:
+                raise
             except Exception:
                 LOG.exception("job %s: its end cannot be written; retrying", self.id)
                 self.facts.progress.text = text

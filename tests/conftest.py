@@ -122,3 +122,15 @@ def pytest_collection_modifyitems(config, items):
     if getattr(config.option, "dist", "no") == "loadfile":
         place = {name: number for number, name in enumerate(LONGEST)}
         items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server of this test process; skips where there is none to start."""
+    from support.postgres import Server, missing
+
+    if reason := missing():
+        pytest.skip(reason)
+    server = Server()
+    yield server
+    server.end()

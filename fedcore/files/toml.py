@@ -4,10 +4,11 @@ Invariant: an error names the file, the key with its path, what was found and wh
 an unknown key the nearest one. A value that may be a secret has no place in such a file: keys are files.
 """
 
+import re
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,7 +20,12 @@ class Section(BaseModel):
     """A table of a file. Unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Keys that one might expect, each with the hint why there is none."""
 
+
+_PASSWORD = re.compile(r"(//[^:/@\s]*:).*@")
+"""Of a URL: it is not shown."""
 
 S = TypeVar("S", bound=Section)
 
@@ -76,11 +82,14 @@ def found_and_expected(error: ErrorDetails) -> str:
     """What pydantic found at one place, and what it expected there."""
     words = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     words = words.removeprefix("a valid ").partition(", unable")[0]
-    return f"found {error['input']!r}, expected {words[:1].lower()}{words[1:]}"
+    found = _PASSWORD.sub(r"\1***@", repr(error["input"]))
+    return f"found {found}, expected {words[:1].lower()}{words[1:]}"
 
 
 def _elsewhere(model: type[Section], place: str) -> str:
-    """A hint for a key of the top level that belongs in one of the model's tables, or ""."""
+    """A hint for a key of the top level that is refused or belongs in one of the model's tables, or ""."""
+    if place in model.refused:
+        return model.refused[place]
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section) and place in kind.model_fields:

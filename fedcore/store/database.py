@@ -6,7 +6,7 @@ keep theirs (`postgresql.py`): there each row has the name of its party.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DBAPIError
 
-from fedcore.errors import StoreProblem
+from fedcore.errors import LeaseLost, StoreProblem
 
 SCHEMA = 2
 """Increase it with every change of a table or of the byte form, and document here how the old one is read."""
@@ -54,6 +54,9 @@ class Database(Protocol):
 
     def close(self) -> None:
         """Close the connection and let another process open the journal. Idempotent."""
+
+    def on_loss(self, tell: Callable[[LeaseLost], None]) -> None:
+        """Call this once, from any thread, when another process may write this journal in place of this one."""
 
     def writing(self) -> AbstractContextManager[object]:
         """A transaction that is durable at its end, and refused where this process may not write any more."""
@@ -148,13 +151,19 @@ class Statements:
             here = (table.c.job == bindparam("of"), table.c[column] == bindparam("named"))
             return (table.c.party == bindparam("party"), *here) if found.by_party else here
 
-        party = {"party": bindparam("party")} if found.by_party else {}
-        columns = {c.name: bindparam(c.name) for c in records.c if c.name != "id"}
+        party: dict[str, Any] = {"party": bindparam("party")} if found.by_party else {}
+        columns: dict[str, Any] = {c.name: bindparam(c.name) for c in records.c if c.name != "id"}
         place = mine(values, "key")
-        new = {"job": bindparam("of"), "key": bindparam("named"), "body": bindparam("value")}
+        new: dict[str, Any] = {
+            "job": bindparam("of"),
+            "key": bindparam("named"),
+            "body": bindparam("value"),
+        }
         self.add = Compiled(insert(records).values(columns), dialect)
         self.clear = Compiled(delete(records).where(*mine(records, "stream")), dialect)
-        self.change = Compiled(update(values).where(*place).values(body=bindparam("value")), dialect)
+        self.change = Compiled(
+            update(values).where(*place).values(body=bindparam("value")), dialect
+        )
         self.new = Compiled(insert(values).values(new | party), dialect)
         self.get = Compiled(select(values.c.body).where(*place), dialect)
         self.remove = Compiled(delete(values).where(*place), dialect)

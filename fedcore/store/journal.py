@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from sqlalchemy import Select, Table, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from fedcore.errors import MalformedMessage, StoreProblem
+from fedcore.errors import LeaseLost, MalformedMessage, StoreProblem
 from fedcore.secagg.protocol.wire_form import decode, encode, type_name
 from fedcore.store.database import Database, statements
 from fedcore.store.sqlite import SqliteFile
@@ -55,6 +55,11 @@ class Journal:
         """Close the journal, so that another process can open it. Idempotent."""
         with self._busy:
             self._database.close()
+
+    def on_loss(self, tell: Callable[[LeaseLost], None]) -> None:
+        """Call this once, from any thread, when another process took this journal over: then every write here
+        raises LeaseLost."""
+        self._database.on_loss(tell)
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from sqlalchemy.engine.base import Transaction
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from fedcore.errors import StoreFull, StoreProblem
+from fedcore.errors import LeaseLost, StoreFull, StoreProblem
 from fedcore.files.lock import FileLock
 from fedcore.store.database import SCHEMA, check_meta, tables
 from fedcore.store.disk import FREE_SOME, make_folder, refusals, sync_folder
@@ -93,6 +93,9 @@ class SqliteFile:
         if not self._lock.released:
             self.connection.close()
             self._lock.release()
+
+    def on_loss(self, tell: Callable[[LeaseLost], None]) -> None:
+        """Never called: the system takes the lock of a process only when that ends."""
 
     def writing(self) -> Transaction:
         """A transaction; durable at its end."""

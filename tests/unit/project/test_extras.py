@@ -16,6 +16,7 @@ from fedcore.errors import BadInput
 from fedcore.experiment.run import Comparison
 from fedcore.learning.data import digits
 from fedcore.learning.task import load_task
+from fedcore.store.postgresql import PostgresqlDatabase
 
 
 def hint(extra):
@@ -30,6 +31,11 @@ def hint(extra):
         ("report", "scipy", lambda: fedcore.simulate("heart", protection="plain", out="run")),
         ("digits", "sklearn", digits.sites),
         ("flower", "flwr", lambda: load_task("flower:app")),
+        (
+            "postgresql",
+            "psycopg",
+            lambda: PostgresqlDatabase.open("postgresql://h/d", party="", authority=""),
+        ),
         ("tables", "pandas", lambda: Comparison.table(SimpleNamespace())),
     ],
 )

@@ -1,4 +1,7 @@
-"""The journal: durable and whole at every kill, held by one process, and secrets gone when removed."""
+"""The journal: durable and whole at every kill, held by one process, and secrets gone when removed.
+
+Tests that take `place` run on an SQLite file and on a PostgreSQL server; those that take `path` are of the file.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+from support.journals import PostgresqlPlace, SqlitePlace, opened
 
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -23,8 +27,11 @@ from fedcore.store import sqlite as module
 from fedcore.store.database import SCHEMA
 from fedcore.store.journal import Journal
 
-PRELUDE = """
+TESTS = Path(__file__).resolve().parents[2]
+PRELUDE = f"""
 import os, resource, sys
+sys.path.insert(0, {str(TESTS)!r})
+from support.journals import opened
 from pathlib import Path
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -67,16 +74,24 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "site" / "journal.db"
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request, tmp_path):
+    """Where a journal of either kind is made."""
+    if request.param == "sqlite":
+        return SqlitePlace(tmp_path)
+    return PostgresqlPlace(request.getfixturevalue("postgres"))
+
+
 # -------------------------------------------------------------------------------- what is kept
 
 
-def test_streams_come_back_as_they_were_written(path):
+def test_streams_come_back_as_they_were_written(place):
     records = [SiteProgress(1, b"k"), secret_of(b"s" * 32), Exchange("Keys", b"d", b"")] * 50
-    with Journal.open(path, party="va") as journal:
+    with opened(place.where) as journal:
         journal.append("job", "round", records[:1], put={"state": b"one"})
         journal.append("job", "round", records[1:], put={"state": b"two"})
         journal.append("b", "epoch", records[:2])
-    with Journal.open(f"sqlite:///{path}", party="va") as journal:
+    with opened(place.where) as journal:
         assert [encode(each) for each in journal.read("job", "round")] == list(map(encode, records))
         assert list(journal.read("job", "epoch")) == []
         assert journal.streams() == [("job", "round"), ("b", "epoch")]
@@ -91,15 +106,15 @@ def test_streams_come_back_as_they_were_written(path):
         assert journal.streams() == [("b", "epoch"), ("job", "round")]
 
 
-def test_a_record_that_has_no_byte_form_leaves_nothing_behind(path):
-    with Journal.open(path, party="va") as journal:
+def test_a_record_that_has_no_byte_form_leaves_nothing_behind(place):
+    with opened(place.where) as journal:
         with pytest.raises(TypeError):
             journal.append("job", "round", [SiteProgress(1, b""), object()], put={"key": b"value"})
         assert journal.verify() == 0 and journal.keys("job") == []
 
 
-def test_calls_from_many_threads_wait_for_each_other(path):
-    with Journal.open(path, party="va") as journal:
+def test_calls_from_many_threads_wait_for_each_other(place):
+    with opened(place.where) as journal:
 
         def work(stream: str) -> None:
             for number in range(20):
@@ -128,7 +143,7 @@ def test_every_commit_is_synced_and_files_are_private(path):
 # ------------------------------------------------------------------------------------- crashes
 
 WRITER = """
-with Journal.open(path, party="va") as journal:
+with opened(sys.argv[1]) as journal:
     number = int((journal.get("job", "last") or b"0"))
     print("open", flush=True)
     while True:
@@ -139,11 +154,17 @@ with Journal.open(path, party="va") as journal:
 """
 
 
-@pytest.mark.parametrize("size", [10, 20_000])
-def test_killed_at_any_instant_all_that_was_reported_is_there_and_nothing_by_half(path, size):
+@pytest.mark.parametrize(
+    ("place", "size", "kills"),
+    [("sqlite", 10, 4), ("sqlite", 20_000, 4), ("postgresql", 20_000, 2)],
+    indirect=["place"],
+)
+def test_killed_at_any_instant_all_that_was_reported_is_there_and_nothing_by_half(
+    place, size, kills
+):
     reported, rng = 0, random.Random(size)
-    for _ in range(4):
-        process = child(WRITER, path, size)
+    for _ in range(kills):
+        process = child(WRITER, place.where, size)
         assert process.stdout is not None
         assert process.stdout.readline() == "open\n"
         timer = threading.Timer(rng.uniform(0.005, 0.12), process.kill)
@@ -151,13 +172,13 @@ def test_killed_at_any_instant_all_that_was_reported_is_there_and_nothing_by_hal
         lines = process.stdout.read().splitlines()
         assert process.wait() == -signal.SIGKILL
         reported = int(lines[-1]) if lines else reported
-        with Journal.open(path, party="va") as journal:
+        with opened(place.where) as journal:
             journal.verify()
             found, last = numbers(journal), int(journal.get("job", "last") or b"0")
         assert found == [number for number in range(1, last + 1) for _ in range(3)]
         assert last in {reported, reported + 1}  # the last one may have been on its way
         reported = last
-    assert reported > 4
+    assert reported > kills
 
 
 # -------------------------------------------------------------------------------------- secrets
@@ -243,8 +264,20 @@ def test_what_is_trimmed_is_not_read_again_and_gone_for_good_later(path):
     assert secret.root.reveal() not in data and kept in data
 
 
-def test_a_trim_is_one_commit(path):
-    with Journal.open(path, party="va") as journal:
+def test_what_is_trimmed_or_compacted_is_not_read_again(place):
+    with opened(place.where) as journal:
+        journal.append("job", "round", [SiteProgress(1, b"")], put={"sum": b"s", "other": b"o"})
+        journal.append("job", "epoch", [SiteProgress(1, b"")])
+        journal.trim("job", "round", put={"stage": b"now"}, forget=["sum", "never there"])
+        journal.compact("job", "epoch", [SiteProgress(2, b"")], forget=["other"])
+    with opened(place.where) as journal:
+        assert list(journal.read("job", "round")) == []
+        assert journal.keys("job") == ["stage"] and journal.get("job", "stage") == b"now"
+        assert list(journal.read("job", "epoch")) == [SiteProgress(2, b"")]
+
+
+def test_a_trim_is_one_commit(place):
+    with opened(place.where) as journal:
         journal.append("job", "round", [SiteProgress(1, b"")], put={"sum": b"s"})
         with pytest.raises(StoreProblem):
             journal.trim("job", "round", put={"stage": object()}, forget=["sum"])  # type: ignore[dict-item]
@@ -290,29 +323,34 @@ def refusal(*arguments, **options) -> StoreProblem:
     return caught.value
 
 
-def test_a_second_process_is_told_the_first_ones_id(path):
-    process = child("Journal.open(path, party='va'); print('open'); sys.stdin.read()", path)
+def test_a_second_process_is_told_the_first_ones_id(place):
+    process = child("opened(sys.argv[1]); print('open'); sys.stdin.read()", place.where)
     assert process.stdout is not None
     assert process.stdout.readline() == "open\n"
     try:
-        assert f"process {process.pid} using it" in str(refusal(path, party="va"))
+        with pytest.raises(StoreProblem, match=f"process {process.pid} ") as caught:
+            opened(place.where, wait=None)
+        assert "\n" not in str(caught.value)
     finally:
         process.kill()
         process.wait()
-    with Journal.open(path, party="va"):  # the system took the lock back
-        assert f"process {os.getpid()} using it" in str(refusal(path, party="va"))
-    Journal.open(path, party="va").close()
+    with (  # the lock is free again
+        opened(place.where),
+        pytest.raises(StoreProblem, match=f"process {os.getpid()} "),
+    ):
+        opened(place.where, wait=None)
+    opened(place.where, wait=None).close()
 
 
 @pytest.mark.parametrize("version", [SCHEMA - 1, SCHEMA + 1])
-def test_a_journal_of_another_version_is_refused_and_stays_as_it_is(path, version):
-    Journal.open(path, party="va").close()
-    with sqlite3.connect(path) as database:
-        database.execute("UPDATE meta SET value = ? WHERE name = 'version'", (str(version),))
-    database.close()
-    before = path.read_bytes()
-    assert f"found version {version}, expected {SCHEMA}" in str(refusal(path, party="va"))
-    assert path.read_bytes() == before
+def test_a_journal_of_another_version_is_refused_and_stays_as_it_is(place, version):
+    opened(place.where).close()
+    place.sql(f"UPDATE meta SET value = '{version}' WHERE name = 'version'")
+    for _ in range(2):
+        with pytest.raises(StoreProblem, match=f"found version {version}, expected {SCHEMA}"):
+            opened(place.where)
+    place.sql(f"UPDATE meta SET value = '{SCHEMA}' WHERE name = 'version'")
+    opened(place.where).close()
 
 
 def test_another_party_another_program_no_database_and_other_urls(path, tmp_path):
@@ -340,22 +378,20 @@ def test_a_folder_may_have_any_name(tmp_path):
         assert list(journal.read("job", "round")) == [SiteProgress(1, b"")]
 
 
-def test_a_closed_journal_says_so(path):
-    journal = Journal.open(path, party="va")
+def test_a_closed_journal_says_so(place):
+    journal = opened(place.where)
     journal.close()
     journal.close()
     with pytest.raises(StoreProblem, match="found it closed"):
         journal.append("job", "round", [])
 
 
-def test_a_damaged_record_is_named(path):
-    with Journal.open(path, party="va") as journal:
+def test_a_damaged_record_is_named(place):
+    with opened(place.where) as journal:
         journal.append("job", "round", [SiteProgress(1, b""), SiteProgress(2, b"")])
-    for change in ("body = x'00'", "kind = 'Idle'"):
-        with sqlite3.connect(path) as database:
-            database.execute(f"UPDATE records SET {change} WHERE id = 2")
-        database.close()
-        with Journal.open(path, party="va") as journal:
+    for change in ("body = substr(body, 1, 1)", "kind = 'Idle'"):
+        place.sql(f"UPDATE records SET {change} WHERE id = 2")
+        with opened(place.where) as journal:
             found = journal.read("job", "round")
             assert next(found) == SiteProgress(1, b"")
             with pytest.raises(StoreProblem, match="record 2"):
@@ -418,14 +454,16 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(path):
         assert journal.get("job", "last") == str(refused).encode()
 
 
-def test_an_error_names_neither_statement_nor_content(path):
+def test_an_error_names_neither_statement_nor_content(place):
     secret = os.urandom(8).hex()
-    with Journal.open(path, party="va") as journal:
-        journal._database._run("DROP TABLE kept_values")
+    with opened(place.where) as journal:
+        with journal._database.writing():
+            name = journal._tables.values.fullname
+            journal._connection.exec_driver_sql(f"DROP TABLE {name}")
         with pytest.raises(StoreProblem) as caught:
             journal.put("job", secret, secret.encode())
         text = "".join(traceback.format_exception(caught.value))
-    assert "no such table" in str(caught.value) and secret not in text
+    assert "kept_values" in str(caught.value) and secret not in text
 
 
 def test_nobody_reads_along_which_would_keep_the_log_from_being_cut(path):
