@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from fedcore.config import Job
@@ -149,6 +150,7 @@ class SplitGrid:
                 on_message=step,
                 on_done=done,
                 on_tick=on_tick,
+                on_spare=_import_what_follows,
             )
         return self._together(directory)
 
@@ -194,6 +196,17 @@ class SplitGrid:
             origin=Origin(environment(), self._started.strftime("%Y-%m-%dT%H:%M:%SZ")),
         )
         return in_folder(found, directory)
+
+
+def _import_what_follows() -> None:
+    """What the intervals and the report need, which takes a second: beside the last split a core is free for it."""
+    for name in _FOLLOWS:
+        import_module(name)
+
+
+_FOLLOWS = (
+    "scipy.special", "matplotlib.figure", "matplotlib.backends.backend_svg", "fedcore.report.page",
+)  # fmt: skip
 
 
 SPLITS = "splits"

@@ -67,20 +67,26 @@ def run_forked(
     on_message: Callable[[J, M], object],
     on_done: Callable[[J], object],
     on_tick: Callable[[], object] = lambda: None,
+    on_spare: Callable[[], object] = lambda: None,
 ) -> None:
     """Run `work(job, send)` for every job, up to so many at once.
 
     on_message: called here with what a job sends; on_done: with each job that has ended; on_tick: at least every
-    second. Raises what the first job in order raises that raises anything, whichever ends first: later ones are
-    killed, earlier ones end. Raises BadInput, which names the job, where its process ended without a word.
+    second; on_spare: once, when fewer jobs than that are left, which go on meanwhile.
+    Raises what the first job in order raises that raises anything, whichever ends first: later ones are killed,
+    earlier ones end. Raises BadInput, which names the job, where its process ended without a word.
     """
     waiting, running = deque(jobs), list[_Running[J, M]]()
     failed: BaseException | None = None
+    spare = False
     try:
         while waiting or running:
             while waiting and len(running) < processes:
                 others = [each.connection for each in running]
                 running.append(_start(waiting.popleft(), work, others))
+            if len(running) < processes and not spare and failed is None:
+                spare = True
+                on_spare()
             ready = wait([each.connection for each in running], TICK_SECONDS)
             for each in [each for each in running if each.connection in ready]:
                 if each not in running:  # killed: an earlier one failed

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import time
 import weakref
@@ -97,6 +98,63 @@ def test_a_garbage_collection_of_a_job_leaves_out_what_it_inherits_and_collects_
         gc.enable()
     assert heard == [([True] * 3, [True] * 2)]
     assert gc.get_freeze_count() == frozen
+
+
+def spared(jobs, processes, work=lambda _job, _send: None):
+    """The jobs that had ended when the parent had time to spare, once for each time."""
+    done, calls = [], []
+    run_forked(
+        jobs, work, processes, on_message=lambda _job, _message: None, on_done=done.append,
+        on_spare=lambda: calls.append(tuple(done)),
+    )  # fmt: skip
+    return calls
+
+
+def test_the_parent_has_time_to_spare_while_the_last_job_runs():
+    heard, told = os.pipe()
+
+    def work(job, _send):
+        if job == "last":  # it ends only once the parent has used the time
+            assert select.select([heard], [], [], 10.0)[0]
+
+    done = []
+    run_forked(
+        ["first", "last"], work, 2, on_message=lambda _job, _message: None, on_done=done.append,
+        on_spare=lambda: os.write(told, b"."),
+    )  # fmt: skip
+    assert done == ["first", "last"]
+    for end in (heard, told):
+        os.close(end)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "processes", "calls"),
+    [("ab", 1, []), ("", 2, []), ("ab", 3, [()])],
+    ids=["one process", "no job", "a process too many"],
+)
+def test_time_to_spare_is_while_fewer_jobs_run_than_could(jobs, processes, calls):
+    assert spared(jobs, processes) == calls
+
+
+def test_after_a_failed_job_the_parent_does_nothing_else():
+    read, write = os.pipe()
+
+    def fail(job, _send):
+        if job == "b":
+            os.write(write, str(os.getpid()).encode())
+            raise TaskFailed(job)
+        failed = int(os.read(read, 20))
+        wait_until(lambda: ended(failed))
+
+    calls = []
+    with pytest.raises(TaskFailed):
+        run_forked(
+            "ab", fail, 2, on_message=lambda _job, _message: None, on_done=lambda _job: None,
+            on_spare=lambda: calls.append("spare"),
+        )  # fmt: skip
+    assert calls == []
+    for end in (read, write):
+        os.close(end)
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, ValueError, SystemExit])
