@@ -1,7 +1,7 @@
-"""A small certificate authority for trial deployments: EC P-256, one level, one federation.
+"""A small certificate authority: EC P-256, one level, one federation.
 
-`fedcore up` makes one and issues a certificate to each process that it starts. Its key is in a file; a reader
-of that file can impersonate every party of the federation, so it stays on the operator's machine.
+`fed-coordinator init` makes one whose key is encrypted with a passphrase (PKCS8, PBES2); `fedcore up` makes one for
+development, whose key is not. A holder of the key can impersonate every party of the federation.
 
 Invariant: an issued certificate has one use. A coordinator's is for servers only, every other one for clients
 only (extended key usage, RFC 5280 section 4.2.1.12); only a coordinator's names hosts; none is valid longer
@@ -22,10 +22,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, CertificateRefused
 from fedcore.files import write_atomic
 from fedcore.identity import kit
-from fedcore.identity.peer import check_name, identity_uri
+from fedcore.identity.peer import check_name, identity_uri, peer_of, read_certificate
 from fedcore.secagg.crypto.secret import SecretBytes
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -89,6 +89,28 @@ class Authority:
         """The certificate that every party of the federation trusts, as PEM."""
         return _pem(self.certificate)
 
+    @classmethod
+    def load(cls, folder: Path, passphrase: SecretBytes) -> Authority:
+        """The authority that `save` wrote. Raises BadInput, also for another passphrase."""
+        path, pem = folder / kit.KEY_FILE, kit.read_limited(folder / kit.AUTHORITY_FILE)
+        data = kit.read_private(path)
+        certificate = read_certificate(pem)
+        try:
+            key = serialization.load_pem_private_key(data, passphrase.reveal())
+        except (ValueError, TypeError):  # TypeError: the key is not encrypted
+            raise BadInput(
+                f"{path}: found a key that this passphrase does not open",
+                remedy="look at the passphrase, its spaces and line ends too; without it the authority is lost",
+            ) from None
+        if (
+            not isinstance(key, ec.EllipticCurvePrivateKey)
+            or key.public_key() != certificate.public_key()
+        ):
+            raise BadInput(
+                f"{path}: found the key of another certificate than {kit.AUTHORITY_FILE}'s"
+            )
+        return cls(federation_of(pem), certificate, key)
+
     def issue(
         self,
         role: str,
@@ -98,8 +120,23 @@ class Authority:
         hosts: Sequence[str] = (),
         days: float = CERTIFICATE_DAYS,
     ) -> Issued:
-        """A certificate with a new key. hosts: DNS names and addresses of a coordinator (required). Raises BadInput,
-        UnknownName."""
+        """A certificate with a new key; otherwise as `certify`."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        pem = self.certify(key.public_key(), role, name, now, hosts=hosts, days=days)
+        return Issued(pem, self.certificate_pem, kit.key_pem(key))
+
+    def certify(
+        self,
+        public: ec.EllipticCurvePublicKey,
+        role: str,
+        name: str,
+        now: datetime,
+        *,
+        hosts: Sequence[str] = (),
+        days: float = CERTIFICATE_DAYS,
+    ) -> bytes:
+        """A certificate for the holder of a key, as PEM. hosts: DNS names and addresses of a coordinator (required).
+        Raises BadInput, UnknownName."""
         uri = identity_uri(self.federation, role, name)
         serves = role == "coordinator"
         if serves and not hosts:
@@ -108,7 +145,6 @@ class Authority:
             )
         if hosts and not serves:
             raise BadInput(f"hosts: found {', '.join(hosts)} for role {role!r}, expected none")
-        key = ec.generate_private_key(ec.SECP256R1())
         begins = max(now - BACKDATED, self.certificate.not_valid_before_utc)
         ends = min(now + timedelta(days=days), self.certificate.not_valid_after_utc)
         if ends <= begins:
@@ -118,7 +154,7 @@ class Authority:
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if serves else ExtendedKeyUsageOID.CLIENT_AUTH
         names = [x509.UniformResourceIdentifier(uri), *map(host_name, hosts)]
         subject = _distinguished(self.federation, f"{role} {name}")
-        issuer, public = self.certificate.subject, key.public_key()
+        issuer = self.certificate.subject
         signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
         certificate = (
             _builder(subject, issuer, public, begins, ends, signs_certificates=False)
@@ -127,12 +163,29 @@ class Authority:
             .add_extension(signer, critical=False)
             .sign(self.key, hashes.SHA256())
         )
-        return Issued(_pem(certificate), self.certificate_pem, kit.key_pem(key))
+        return _pem(certificate)
 
-    def save(self, folder: Path) -> None:
-        """Write `authority.pem` and `key.pem`. Raises AlreadyExists, BadInput."""
+    def renew(
+        self, certificate_pem: bytes, now: datetime, *, hosts: Sequence[str] = (), days: float
+    ) -> bytes:
+        """A certificate like this one of the same authority (key, role, name, hosts), for further hosts too, as PEM.
+        Raises BadInput, CertificateRefused."""
+        peer, certificate = peer_of(certificate_pem), read_certificate(certificate_pem)
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        known = [
+            str(each.value) for each in names if isinstance(each, x509.DNSName | x509.IPAddress)
+        ]
+        public = certificate.public_key()
+        if peer.federation != self.federation or not isinstance(public, ec.EllipticCurvePublicKey):
+            raise BadInput(f"certificate of {peer}: expected one of {self.federation!r}")
+        serves = peer.role == "coordinator"
+        together = tuple(dict.fromkeys((*known, *hosts))) if serves else ()
+        return self.certify(public, peer.role, peer.name, now, hosts=together, days=days)
+
+    def save(self, folder: Path, passphrase: SecretBytes | None = None) -> None:
+        """Write `authority.pem` and `key.pem`, which the passphrase encrypts. Raises AlreadyExists, BadInput."""
         _make(folder)
-        kit.write_private(folder / kit.KEY_FILE, kit.key_pem(self.key))
+        kit.write_private(folder / kit.KEY_FILE, kit.key_pem(self.key, passphrase))
         write_atomic(folder / kit.AUTHORITY_FILE, self.certificate_pem)
 
 
@@ -172,6 +225,16 @@ def _distinguished(federation: str, common: str) -> x509.Name:
     """The common name has a space, so that no program takes it for a host name."""
     names = {NameOID.ORGANIZATION_NAME: federation, NameOID.COMMON_NAME: f"fedcore {common}"[:64]}
     return x509.Name([x509.NameAttribute(kind, text) for kind, text in names.items()])
+
+
+def federation_of(authority_pem: bytes) -> str:
+    """The federation that an authority's certificate names. Raises CertificateRefused."""
+    subject = read_certificate(authority_pem).subject
+    names = subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+    try:
+        return check_name("federation", str(names[0].value if names else ""))
+    except BadInput as error:
+        raise CertificateRefused(f"authority: {error}", check="federation") from None
 
 
 def host_name(host: str) -> x509.GeneralName:

@@ -101,10 +101,15 @@ def read_private(path: Path) -> bytes:
     return data
 
 
-def key_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> SecretBytes:
-    """A private key in PEM form (PKCS8), without passphrase."""
+def key_pem(
+    key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey, passphrase: SecretBytes | None = None
+) -> SecretBytes:
+    """A private key in PEM form (PKCS8), encrypted where there is a passphrase."""
     encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    return SecretBytes(key.private_bytes(encoding, form, serialization.NoEncryption()))
+    sealed: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase is not None:
+        sealed = serialization.BestAvailableEncryption(passphrase.reveal())
+    return SecretBytes(key.private_bytes(encoding, form, sealed))
 
 
 def write_private(path: Path, secret: SecretBytes) -> None:

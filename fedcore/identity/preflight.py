@@ -51,7 +51,7 @@ def preflight(
     theirs, version, cipher, answered, said = b"", "", "", b"", ""
     try:
         with (
-            _connect(host, port, proxy, timeout) as plain,
+            connect(host, port, proxy, timeout) as plain,
             context.wrap_socket(plain, server_hostname=host) as secured,
         ):
             theirs = secured.getpeercert(binary_form=True) or b""
@@ -166,7 +166,7 @@ def _why(
     theirs = None
     with (
         suppress(OSError, BadInput),
-        _connect(host, port, proxy, timeout) as plain,
+        connect(host, port, proxy, timeout) as plain,
         look.wrap_socket(plain, server_hostname=host) as seen,
     ):
         theirs = seen.getpeercert(binary_form=True)
@@ -201,7 +201,7 @@ def _no_tls(where: str, error: OSError) -> CertificateRefused:
     )
 
 
-def _connect(host: str, port: int, proxy: str, timeout: float) -> socket.socket:
+def connect(host: str, port: int, proxy: str, timeout: float = TIMEOUT) -> socket.socket:
     """A TCP connection, through the proxy where one is set. Raises BadInput."""
     through = proxied(host, proxy)
     to = (through[0], through[1]) if through else (host, port)
