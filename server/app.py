@@ -17,6 +17,7 @@ import grpc.aio
 from fedcore_server.config import FederationConfig, LimitsSection
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.coordinator import Coordinator
+from fedcore_server.enrolment import enrolling
 from fedcore_server.folding import FoldPool
 from fedcore_server.grpc_service import handlers
 from fedcore_server.probes import ADDRESS, Probes, serve_metrics
@@ -192,8 +193,9 @@ async def _serve(
             LOG.info("metrics on http://%s:%d/metrics", ADDRESS, metrics)
         await server.start()
         await probes.begin()
-        show(f"coordinator of {config.name}: listening on {', '.join(addresses)} (port {port})")
-        await _until_signal(hub, probes, server)
+        async with enrolling(config, kit):
+            show(f"coordinator of {config.name}: listening on {', '.join(addresses)} (port {port})")
+            await _until_signal(hub, probes, server)
 
 
 async def _lease_lost(journal: Journal) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from fedcore_server.federation_cli import add_commands
 from rich.console import Console, RenderableType
 
 from fedcore.cli.audit import TrailPlace, audit_commands
@@ -248,6 +249,7 @@ def _trail(config: Path) -> TrailPlace:
 
 
 app.add_typer(audit_commands(_trail, Path("federation.toml")), name="audit")
+add_commands(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,6 +5,9 @@ listen = ["::"]             port = 7443                   revoked = "revoked.txt
 metrics_port = 9443         # Prometheus counters, on 127.0.0.1 only; off without it
 database = "postgresql://user@host/name"   # for the journal; without it an SQLite file in `folder`
 database_file = "database-url"             # in place of it: a file with the URL, for one with a password
+enrol_port = 7444           # where sites join (`fed-coordinator invite`); off without it
+[enrolment]                 host = "hub.example.org"      approval = "automatic"  # or "manual"
+authority = "authority"     passphrase_file = "/run/secrets/authority"      certificate_days = 90
 [limits]                    stage_seconds, gather_seconds, minimum_sites, enough_vectors, ...
 
 operator.toml: the coordinator of an operator's commands.
@@ -15,6 +18,7 @@ coordinator = "hub.example.org:7443"    kit = "kit"    proxy = "none"
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -52,6 +56,33 @@ class LimitsSection(Section):
     most_kept: int = Field(default=1_000, ge=1)
 
 
+class EnrolmentSection(Section):
+    """[enrolment]: how sites join. host: by which they reach the coordinator. approval: whether a request with a valid
+    token is granted at once, which needs the authority's key open, or waits for `fed-coordinator approve`.
+
+    authority: folder of the authority, where it is on this machine; passphrase_file: what opens its key, if no other
+    is named. certificate_days: how long a site's certificate is valid.
+    """
+
+    host: str = ""
+    approval: Literal["automatic", "manual"] = "automatic"
+    authority: Path | None = None
+    passphrase_file: Path | None = None
+    certificate_days: float = Field(default=90.0, gt=0, le=3650)
+
+    def placed(self, base: Path) -> "EnrolmentSection":
+        """With paths that count from a folder."""
+        paths = {
+            key: base / value
+            for key, value in (
+                ("authority", self.authority),
+                ("passphrase_file", self.passphrase_file),
+            )
+            if value is not None
+        }
+        return self.model_copy(update=paths)
+
+
 class FederationConfig(Section):
     """A federation as its coordinator runs it; paths are absolute."""
 
@@ -62,9 +93,11 @@ class FederationConfig(Section):
     listen: tuple[str, ...] = ("::",)
     port: int = Field(default=7443, ge=0, lt=65536)
     metrics_port: int | None = Field(default=None, ge=0, lt=65536)
+    enrol_port: int | None = Field(default=None, ge=0, lt=65536)
     revoked: Path | None = None
     database: str | None = Field(default=None, repr=False)
     database_file: Path | None = None
+    enrolment: EnrolmentSection = EnrolmentSection()
     limits: LimitsSection = LimitsSection()
 
 
@@ -72,8 +105,14 @@ def read_config(path: Path) -> FederationConfig:
     """The configuration of a file. Raises BadInput with the key's path, and UnknownName."""
     paths = ("roster", "kit", "folder", "revoked", "database_file")
     found = read_toml(FederationConfig, path, paths=paths)
+    placed = found.enrolment.placed(path.resolve().parent)
+    return found.model_copy(update={"enrolment": placed, "database": _database(path, found)})
+
+
+def _database(path: Path, found: FederationConfig) -> str | None:
+    """The URL of the database; None for the SQLite file. Raises BadInput."""
     if found.database is None and found.database_file is None:
-        return found
+        return None
     if found.database is not None and found.database_file is not None:
         raise BadInput(f"{path.name}: found database and database_file, expected one of them")
     # A URL with a password is a key: only this user may read the file.
@@ -83,7 +122,7 @@ def read_config(path: Path) -> FederationConfig:
         url = found.database or ""
         if re.search(r"//[^/@]*:[^/@]*@", url):
             read_private(path)
-    return found.model_copy(update={"database": url})
+    return url
 
 
 class OperatorConfig(CoordinatorAddress):

@@ -88,6 +88,35 @@ def bind(
     return port, tuple(bound)
 
 
+def listen_sockets(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """Listening sockets at one port, with `bind`'s rules, for a protocol other than gRPC. Raises BadInput."""
+    found: list[socket.socket] = []
+    try:
+        for host in hosts:
+            both = host == "::"
+            if both and not socket.has_dualstack_ipv6():
+                host, both = "0.0.0.0", False  # noqa: PLW2901, S104 - every address, as asked
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            try:
+                one = socket.create_server((host, port), family=family, dualstack_ipv6=both)
+            except OSError as error:
+                if (
+                    host == "::1"
+                    and error.errno in {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
+                    and found
+                ):
+                    continue
+                raise _unbound(f"{host}:{port}", error.errno or 0) from None
+            one.setblocking(False)
+            found.append(one)
+            port = one.getsockname()[1]
+    except BadInput:
+        for each in found:
+            each.close()
+        raise
+    return found
+
+
 @dataclass
 class Gate:
     """Admission by certificate. roster: the sites' names, read at each call. clock: now, with a zone.

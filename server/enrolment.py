@@ -1,0 +1,189 @@
+"""The second port of a coordinator, where sites join: they have no certificate yet, so gRPC's port refuses them.
+
+One exchange a connection, JSON lines over TLS 1.3 with the coordinator's own certificate: the authority's certificate,
+then the site's request, then the answer: joined, waiting, or one word of refusal (`identity/joining.py`).
+
+Invariant: what an unknown peer can cost is bounded: connections at once, in all and of one address, seconds of one
+connection, and bytes of a request. A request is answered only after its token is verified; what is refused changes
+nothing, and the log has the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from fedcore_server.authority_key import PASSPHRASE_VARIABLE, find_authority
+from fedcore_server.config import FederationConfig
+from fedcore_server.federation import Enrolment, FederationFiles
+from fedcore_server.tls import listen_sockets
+
+from fedcore.errors import FedcoreError, printable
+from fedcore.identity.authority import Authority
+from fedcore.identity.joining import MOST_REQUEST, JoinRefused, JoinRequest
+from fedcore.identity.kit import Kit
+from fedcore.types import Json
+
+LOG = logging.getLogger("fedcore.coordinator.enrolment")
+
+MOST_CONNECTIONS, MOST_OF_ADDRESS = 32, 8
+"""Connections at once: others wait in the system's queue, and those of one address beyond its share are closed."""
+
+SECONDS = 15.0
+"""Timeout of a whole exchange, handshake included."""
+
+
+@dataclass
+class Enrolments:
+    """Answers requests to join. authority: None where its key is not open in this process, or joining is manual."""
+
+    files: FederationFiles
+    authority: Authority | None
+    clock: Callable[[], datetime]
+
+    def answer(self, data: bytes) -> Json:
+        """The answer to a request of any origin. Blocking: it waits for the federation's lock and reads files."""
+        site = "unknown"
+        try:
+            request = JoinRequest.parse(data)
+            site = request.site
+            found = self.files.ask(request, self.clock())
+            if found.state == "asked" and self.authority is not None:
+                found = self.files.approve(site, self.authority, self.clock())
+            return self._granted(found)
+        except JoinRefused as refused:
+            LOG.warning("site %s: refused to join (%s)", printable(site, 64), refused.word)
+            return {"state": "refused", "word": refused.word}
+        except FedcoreError as error:
+            LOG.warning(
+                "site %s: its request to join was not answered: %s", printable(site, 64), error
+            )
+            return {"state": "refused", "word": "busy"}
+
+    def _granted(self, found: Enrolment) -> Json:
+        if found.state == "asked":
+            LOG.warning(
+                "site %s asks to join and waits: fed-coordinator approve %s", found.site, found.site
+            )
+            return {"state": "waiting"}
+        answer = self.files.answer(found)
+        if found.state == "approved":
+            LOG.info("site %s joined: it is on roster %d", found.site, self.files.roster().number)
+        return answer.to_json()
+
+
+@contextlib.asynccontextmanager
+async def enrolling(config: FederationConfig, kit: Kit) -> AsyncIterator[None]:
+    """Let sites join while inside, where federation.toml has an `enrol_port`. Raises BadInput for a port that cannot be
+    bound, or a passphrase that does not open the authority's key."""
+    if config.enrol_port is None:
+        yield
+        return
+    authority = await asyncio.to_thread(find_authority, config)
+    grants = authority if config.enrolment.approval == "automatic" else None
+    enrolments = Enrolments(FederationFiles(config), grants, lambda: datetime.now(UTC))
+    async with listening(enrolments, kit, config.listen, config.enrol_port) as port:
+        how = "are granted" if grants else "wait for `fed-coordinator approve SITE`"
+        LOG.info("sites join at port %d; requests with a valid line %s", port, how)
+        if config.enrolment.approval == "automatic" and authority is None:
+            LOG.warning(
+                "approval is automatic, but the authority's key is not open here: set passphrase_file under "
+                "[enrolment], or $%s; until then requests wait", PASSPHRASE_VARIABLE,
+            )  # fmt: skip
+        yield
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    enrolments: Enrolments, kit: Kit, hosts: Sequence[str], port: int
+) -> AsyncIterator[int]:
+    """Serve requests while inside; the port (a free one for 0). Raises BadInput where it cannot be bound."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(kit.certificate_path, kit.key_path, password="")  # never asks
+    context.num_tickets = 0
+    sockets = listen_sockets(hosts, port)
+    room, of_address = asyncio.Semaphore(MOST_CONNECTIONS), Counter[str]()
+    open_now: set[asyncio.Task[None]] = set()
+    loop = asyncio.get_running_loop()
+
+    async def exchange(connection: socket.socket, address: str) -> None:
+        try:
+            async with asyncio.timeout(SECONDS):
+                await _exchange(enrolments, context, connection)
+        except (OSError, EOFError, TimeoutError) as error:
+            LOG.info("connection of %s ended without a request (%s)", address, type(error).__name__)
+        except Exception:
+            LOG.exception("a request to join ended by an internal error")
+        finally:
+            connection.close()
+            of_address[address] -= 1
+            room.release()
+
+    async def accept(listener: socket.socket) -> None:
+        while True:
+            await room.acquire()
+            try:
+                connection, peer = await loop.sock_accept(listener)
+            except OSError as error:
+                room.release()
+                LOG.warning("no connection accepted: %s", error)
+                await asyncio.sleep(1.0)
+                continue
+            address = str(peer[0])
+            if of_address[address] >= MOST_OF_ADDRESS:
+                connection.close()
+                room.release()
+                continue
+            of_address[address] += 1
+            task = loop.create_task(exchange(connection, address))
+            open_now.add(task)
+            task.add_done_callback(open_now.discard)
+
+    accepting = [loop.create_task(accept(each)) for each in sockets]
+    try:
+        yield sockets[0].getsockname()[1]
+    finally:
+        for task in (*accepting, *open_now):
+            task.cancel()
+        await asyncio.gather(*accepting, *open_now, return_exceptions=True)
+        for each in sockets:
+            each.close()
+
+
+async def _exchange(
+    enrolments: Enrolments, context: ssl.SSLContext, connection: socket.socket
+) -> None:
+    """One handshake, one request, one answer. Raises EOFError where the peer sends no whole line."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=MOST_REQUEST)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    transport, _ = await loop.connect_accepted_socket(lambda: protocol, connection, ssl=context)
+    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+    try:
+        writer.write(_line({"authority": enrolments.files.authority_pem.decode()}))
+        try:
+            data = await reader.readuntil(b"\n")
+        except asyncio.LimitOverrunError:
+            LOG.warning("a request of more than %d bytes was not read", MOST_REQUEST)
+            answer: Json = {"state": "refused", "word": "request"}
+        else:
+            answer = await asyncio.to_thread(enrolments.answer, data)
+        writer.write(_line(answer))
+        await writer.drain()
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+def _line(value: Json) -> bytes:
+    return json.dumps(value).encode() + b"\n"

@@ -1,0 +1,279 @@
+"""fed-coordinator init, invite, sites, roster, approve, revoke, renew: a federation's files, changed by its operator.
+
+They work on the folder of federation.toml and need no running coordinator; one that runs reads what they change.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedcore.cli.console import echo, emit, page_console, say
+
+if TYPE_CHECKING:
+    from fedcore_server.federation import FederationFiles
+
+    from fedcore.identity.authority import Authority
+
+Config = Annotated[Path, typer.Option("--config", help="The federation's file.")]
+Passphrase = Annotated[
+    Path | None,
+    typer.Option(
+        "--passphrase-file",
+        help="File (mode 0600) with the authority's passphrase; default: $FEDCORE_AUTHORITY_PASSPHRASE, else asked.",
+    ),
+]
+AuthorityFolder = Annotated[
+    Path | None,
+    typer.Option("--authority", help="Folder of the authority; default: of federation.toml."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Site = Annotated[str, typer.Argument(help="The site's name.")]
+_HERE = Path("federation.toml")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to a program."""
+    for command in (init, invite, sites, roster, approve, revoke):
+        app.command()(command)
+
+
+def init(
+    name: Annotated[str, typer.Argument(help="The federation's name.")],
+    host: Annotated[
+        list[str],
+        typer.Option(
+            "--host", help="Name or address by which sites reach the coordinator; repeatable."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A new folder; default: the name.")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="For sites.")] = 7443,
+    enrol_port: Annotated[
+        int | None,
+        typer.Option("--enrol-port", min=1, max=65535, help="For joining; default: port + 1."),
+    ] = None,
+    manual: Annotated[
+        bool, typer.Option("--manual", help="Every site that joins waits for `approve`.")
+    ] = False,
+    passphrase_file: Passphrase = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a federation. Its authority, the certificates of coordinator and operator, federation.toml."""
+    from datetime import UTC, datetime
+
+    from fedcore_server.authority_key import ask_passphrase, check_new, find_passphrase
+    from fedcore_server.new_federation import create
+
+    passphrase = find_passphrase(passphrase_file) or ask_passphrase(new=True)
+    made = create(
+        name, out or Path(name), host, check_new(passphrase), datetime.now(UTC), port=port,
+        enrol_port=enrol_port or port + 1, approval="manual" if manual else "automatic",
+    )  # fmt: skip
+    if as_json:
+        emit({"federation": name, "folder": str(made.folder), "fingerprint": made.fingerprint})
+        return
+    for line in made.lines():
+        echo(line)
+
+
+def invite(
+    site: Site,
+    days: Annotated[
+        float, typer.Option("--days", min=0.01, max=365, help="How long it is valid.")
+    ] = 7,
+    config: Config = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Print the line with which one site joins. It works once, and for so many days."""
+    from datetime import UTC, datetime, timedelta
+
+    now = datetime.now(UTC)
+    line, replaces = _files(config).invite(site, days, now)
+    until = now + timedelta(days=days)
+    if as_json:
+        emit({"site": site, "line": line.text(), "expires": until.isoformat(timespec="seconds")})
+        return
+    if replaces:
+        say(f"the earlier line for {site!r} no longer works")
+    say(
+        f"for {site!r}, once, until {until:%Y-%m-%d %H:%M} UTC; whoever has it can join as {site!r}, "
+        "so send it confidentially; there: fed-site join 'LINE'"
+    )
+    echo(line.text())
+
+
+def sites(config: Config = _HERE, as_json: AsJson = False) -> None:
+    """List the sites. Invited, asked, approved, joined or revoked; connected; until when."""
+    from fedcore_server.federation_views import sites_rows, sites_table
+
+    files = _files(config)
+    connected, why = _connected(config)
+    rows = sites_rows(files, connected)
+    if as_json:
+        emit({"federation": files.config.name, "sites": rows})
+        return
+    if why:
+        say(f"whether they are connected is unknown: {why}")
+    page_console().print(sites_table(rows))
+
+
+def roster(
+    sign: Annotated[
+        bool, typer.Option("--sign", help="Sign one without the sites that were revoked meanwhile.")
+    ] = False,
+    config: Config = _HERE,
+    authority: AuthorityFolder = None,
+    passphrase_file: Passphrase = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the signed roster. Its number, its sites and the fingerprints of their identity keys."""
+    from datetime import UTC, datetime
+
+    from fedcore_server.federation_views import roster_json, roster_lines
+
+    files = _files(config)
+    if sign:
+        found = files.sign_roster(_authority(files, authority, passphrase_file), datetime.now(UTC))
+    else:
+        found = files.roster()
+    if as_json:
+        emit(roster_json(found))
+        return
+    for line in roster_lines(found):
+        echo(line)
+
+
+def approve(
+    site: Site,
+    request: Annotated[
+        Path | None, typer.Option("--request", help="The file of `fed-site join --request`.")
+    ] = None,
+    answer: Annotated[
+        Path | None,
+        typer.Option("--answer", help="Write the site's certificate and the roster to this file."),
+    ] = None,
+    config: Config = _HERE,
+    authority: AuthorityFolder = None,
+    passphrase_file: Passphrase = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a site in that has asked. Makes its certificate and a new roster."""
+    from datetime import UTC, datetime
+
+    from fedcore.errors import BadInput
+    from fedcore.files import write_json
+    from fedcore.identity.joining import MOST_REQUEST, JoinRequest, key_fingerprint
+    from fedcore.identity.kit import read_limited
+
+    files, now = _files(config), datetime.now(UTC)
+    if request is not None:
+        asked = JoinRequest.parse(
+            read_limited(request, f"a request of at most {MOST_REQUEST} bytes")
+        )
+        if asked.site != site:
+            raise BadInput(f"{request}: found a request of site {asked.site!r}, expected {site!r}")
+        files.ask(asked, now)
+    else:
+        asked = files.requested(site)
+    found = files.approve(site, _authority(files, authority, passphrase_file), now)
+    if answer is not None:
+        write_json(answer, files.answer(found).to_json())
+    shown = key_fingerprint(asked.identity)
+    number, until = files.roster().number, f"{found.peer.ends:%Y-%m-%d}" if found.peer else ""
+    if as_json:
+        emit(
+            {
+                "site": site,
+                "roster": number,
+                "certificate_until": until,
+                "identity": shown,
+            }
+        )
+        return
+    echo(f"site {site!r} is on roster {number}, certificate until {until}, identity key {shown}")
+    if answer is not None:
+        echo(f"wrote {answer}, for the site: fed-site join --answer FILE; it holds nothing secret")
+    else:
+        echo("it gets the certificate when it runs `fed-site join` again")
+
+
+def revoke(
+    site: Site,
+    config: Config = _HERE,
+    authority: AuthorityFolder = None,
+    passphrase_file: Passphrase = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a site off. Revokes its certificates and its invitation, and takes it off the roster."""
+    from datetime import UTC, datetime
+
+    from fedcore_server.authority_key import authority_folder
+
+    files = _files(config)
+    opened = None
+    if authority_folder(files.config, authority) is not None:
+        opened = _authority(files, authority, passphrase_file)
+    count, signed = files.revoke(site, opened, datetime.now(UTC))
+    number = signed.number if signed else None
+    if as_json:
+        emit({"site": site, "certificates": count, "roster": number})
+        return
+    some = f"{count} certificate{'' if count == 1 else 's'}"
+    echo(f"site {site!r} is revoked ({some}): a running coordinator cuts it off within seconds")
+    if signed:
+        echo(f"roster {number} is without it")
+    else:
+        echo(
+            "the roster still lists it: where the authority is, run `fed-coordinator roster --sign --authority FOLDER`"
+        )
+
+
+def _files(config: Path) -> FederationFiles:
+    from fedcore_server.config import read_config
+    from fedcore_server.federation import FederationFiles as Found
+
+    return Found(read_config(config))
+
+
+def _authority(files: FederationFiles, folder: Path | None, passphrase: Path | None) -> Authority:
+    from fedcore_server.authority_key import (
+        ask_passphrase,
+        authority_folder,
+        find_passphrase,
+        open_authority,
+    )
+
+    from fedcore.errors import BadInput
+
+    config = files.config
+    found = authority_folder(config, folder)
+    if found is None:
+        raise BadInput(
+            "authority: found no key on this machine, expected one to sign with",
+            remedy="name its folder, also on a drive: --authority FOLDER",
+        )
+    secret = find_passphrase(passphrase, config.enrolment.passphrase_file) or ask_passphrase()
+    return open_authority(config, found, secret)
+
+
+def _connected(config: Path) -> tuple[set[str] | None, str]:
+    """The sites that are connected now; None and the reason where the coordinator cannot be asked."""
+    from fedcore_server.config import OPERATOR_FILE, find_place
+    from fedcore_server.operators import Operator
+
+    from fedcore.errors import FedcoreError
+    from fedcore.wire import calls, frames
+
+    place = config.absolute().parent / "operator" / OPERATOR_FILE
+    try:
+        operator = Operator(find_place(None, None, place))
+        found = frames.json_value(
+            operator.ask(calls.JOBS, frames.JobsRequest()).json, sender="coordinator"
+        )
+    except FedcoreError as error:
+        return None, str(error)
+    return {name for name, site in found["sites"].items() if site["connected"]}, ""

@@ -1,0 +1,165 @@
+"""`fed-coordinator init`: the folder of a new federation, written whole or not at all.
+
+Invariant: the authority's key is on disk only encrypted with the passphrase; every other key is readable by its owner
+only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from fedcore_server.config import OPERATOR_FILE
+from fedcore_server.federation import ENROLMENT_FOLDER
+
+from fedcore.errors import AlreadyExists, BadInput
+from fedcore.files import write_atomic
+from fedcore.identity.authority import LOOPBACK, Authority, host_name
+from fedcore.identity.identities import ROSTER_FILE
+from fedcore.identity.peer import Peer
+from fedcore.identity.preflight import authority_of
+from fedcore.identity.revocation import EMPTY
+from fedcore.identity.signed_roster import SignedRoster
+from fedcore.secagg.crypto.secret import SecretBytes
+
+FEDERATION_FILE, REVOKED_FILE = "federation.toml", "revoked.txt"
+OWN_DAYS = 365.0
+"""How long the certificates of the coordinator and the operator are valid."""
+
+
+@dataclass(frozen=True)
+class NewFederation:
+    """What was made. hosts: by which sites reach the coordinator."""
+
+    folder: Path
+    fingerprint: str
+    hosts: tuple[str, ...]
+    port: int
+    enrol_port: int
+    coordinator: Peer
+    operator: Peer
+
+    def lines(self) -> list[str]:
+        """In words, for the person who made it."""
+        name, until = self.coordinator.federation, f"{self.coordinator.ends:%Y-%m-%d}"
+        config = self.folder / FEDERATION_FILE
+        return [
+            f"federation {name!r} is ready in {self.folder}",
+            "",
+            "made there",
+            f"  federation.toml  the coordinator's settings: port {self.port}, and {self.enrol_port} to join",
+            "  authority/       the certificate authority; its key is encrypted with the passphrase",
+            f"  kit/             the coordinator's certificate and key, for {', '.join(self.hosts)}, until {until}",
+            f"  operator/        certificate and key of the operator's commands, until {self.operator.ends:%Y-%m-%d}",
+            "  roster.toml      the signed roster, number 1, without sites; revoked.txt: no certificate is revoked",
+            "",
+            "keep safe",
+            "  the passphrase: nothing can replace it",
+            "  authority/: with the passphrase it can name any party; keep a copy offline, or move it there",
+            "  kit/key.pem and operator/kit/key.pem: they stay on this machine",
+            "",
+            "fingerprint of the authority, to read to the sites by telephone",
+            f"  {spaced(self.fingerprint)}",
+            "",
+            "next",
+            f"  fed-coordinator serve --config {config}",
+            f"  fed-coordinator invite SITE --config {config}",
+        ]
+
+
+def spaced(fingerprint: str) -> str:
+    """A fingerprint in groups of four digits, for people."""
+    return " ".join(fingerprint[at : at + 4] for at in range(0, len(fingerprint), 4))
+
+
+def create(
+    name: str,
+    folder: Path,
+    hosts: Sequence[str],
+    passphrase: SecretBytes,
+    now: datetime,
+    *,
+    port: int,
+    enrol_port: int,
+    approval: str,
+) -> NewFederation:
+    """Make the folder. hosts: DNS names and addresses by which sites reach the coordinator, the first one for join
+    lines. Raises AlreadyExists, BadInput."""
+    for host in hosts:
+        host_name(host)
+    authority_of(hosts[0], port)
+    if port == enrol_port:
+        raise BadInput(f"--enrol-port: found {port}, the port of the sites, expected another one")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AlreadyExists(
+            f"{folder}: found something there already, expected a new or an empty folder",
+            remedy="name another one with --out FOLDER: keys are never overwritten",
+        )
+    folder = folder.absolute()
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        beside.mkdir(mode=0o700, parents=True)
+        made = _write(name, beside, tuple(hosts), passphrase, now, port, enrol_port, approval)
+        beside.replace(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return NewFederation(folder, made[0], tuple(hosts), port, enrol_port, *made[1:])
+
+
+def _write(
+    name: str,
+    folder: Path,
+    hosts: tuple[str, ...],
+    passphrase: SecretBytes,
+    now: datetime,
+    port: int,
+    enrol_port: int,
+    approval: str,
+) -> tuple[str, Peer, Peer]:
+    authority = Authority.create(name, now)
+    authority.save(folder / "authority", passphrase)
+    together = tuple(dict.fromkeys((*hosts, *LOOPBACK)))
+    coordinator = authority.issue("coordinator", "coordinator", now, hosts=together, days=OWN_DAYS)
+    operator = authority.issue("operator", "operator", now, days=OWN_DAYS)
+    peers = [
+        issued.save(folder / where).peer
+        for issued, where in ((coordinator, "kit"), (operator, "operator/kit"))
+    ]
+    for each in (ENROLMENT_FOLDER, "state"):
+        (folder / each).mkdir(mode=0o700)
+    SignedRoster(name, 1, now, {}).sign(authority).save(folder / ROSTER_FILE)
+    write_atomic(folder / REVOKED_FILE, EMPTY)
+    text = _SETTINGS.format(
+        name=name, host=hosts[0], port=port, enrol_port=enrol_port, approval=approval,
+        listen=f'listen = ["{hosts[0]}"]' if set(hosts) <= {*LOOPBACK[1:]} else 'listen = ["::"]',
+    )  # fmt: skip
+    write_atomic(folder / FEDERATION_FILE, text.encode())
+    place = f'coordinator = "{authority_of(hosts[0], port)}"\nkit = "kit"\n'
+    write_atomic(folder / "operator" / OPERATOR_FILE, place.encode())
+    return authority.fingerprint, peers[0], peers[1]
+
+
+_SETTINGS = """\
+# The coordinator of a federation; docs/operations.md has every key. Paths count from this file's folder.
+name = "{name}"
+roster = "roster.toml"       # signed: changed by `fed-coordinator approve` and `revoke`, not by hand
+revoked = "revoked.txt"
+kit = "kit"
+folder = "state"             # journal and spool
+{listen}
+port = {port}                  # sites and operators, with certificates
+enrol_port = {enrol_port}            # sites that join, without certificates yet
+
+[enrolment]
+host = "{host}"              # by which sites reach this machine; stands in join lines
+approval = "{approval}"      # "automatic": a valid join line is enough; "manual": `fed-coordinator approve SITE`
+authority = "authority"
+certificate_days = 90        # how long a site's certificate is valid
+# For automatic approval the serving process opens the authority's key, with a passphrase from
+# $FEDCORE_AUTHORITY_PASSPHRASE or from this file (mode 0600). Without one, requests wait for `approve`.
+# passphrase_file = "/run/secrets/authority-passphrase"
+"""

@@ -1,0 +1,340 @@
+"""A federation's folder: how it begins, who can read it, and several commands that change it at once."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fedcore_clients import joining
+from fedcore_server import new_federation as new
+from fedcore_server.authority_key import (
+    LEAST_CHARACTERS,
+    PASSPHRASE_VARIABLE,
+    check_new,
+    find_authority,
+    find_passphrase,
+    open_authority,
+)
+from fedcore_server.cli import main
+from fedcore_server.config import read_config
+from fedcore_server.federation import FederationFiles
+from fedcore_server.federation_views import roster_lines, sites_rows
+
+from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, Refused
+from fedcore.identity.identities import write_roster
+from fedcore.identity.kit import Kit
+from fedcore.identity.peer import peer_of
+from fedcore.identity.revocation import Revocations
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.crypto.secret import SecretBytes
+from tests.support.federations import PASSPHRASE, authority_of, new_federation, now
+
+
+@pytest.fixture
+def files(tmp_path):
+    return new_federation(tmp_path / "federation")
+
+
+def asked(files, site, folder):
+    """A site that has asked to join."""
+    request = joining.begin(files.invite(site, 7, now())[0], folder / site)
+    files.ask(request, now())
+    return request
+
+
+def joined(files, site, folder):
+    asked(files, site, folder)
+    return files.answer(files.approve(site, authority_of(files), now()))
+
+
+# ------------------------------------------------------------------------------------------ init
+
+
+def test_a_new_federation_has_all_it_needs(files):
+    folder = files.config.roster.parent
+    assert {path.name for path in folder.iterdir()} == {
+        "federation.toml", "authority", "kit", "operator", "roster.toml", "revoked.txt", "enrolment", "state"
+    }  # fmt: skip
+    Kit.load(folder / "kit").check("coordinator", now())
+    Kit.load(folder / "operator" / "kit").check("operator", now())
+    assert files.roster().number == 1
+    assert "heart" in authority_of(files).federation
+    assert files.config.enrol_port != files.config.port
+
+
+def test_every_private_key_is_its_owners_and_the_authoritys_is_encrypted(files):
+    folder = files.config.roster.parent
+    keys = sorted(folder.rglob("key.pem"))
+    assert len(keys) == 3
+    assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}
+    assert b"ENCRYPTED PRIVATE KEY" in (folder / "authority" / "key.pem").read_bytes()
+    assert folder.stat().st_mode & 0o077 == 0
+    every = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert PASSPHRASE.encode() not in every
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
+    new_federation(tmp_path / "one")
+    before = (tmp_path / "one" / "kit" / "key.pem").read_bytes()
+    with pytest.raises(AlreadyExists, match="found something there already"):
+        new_federation(tmp_path / "one")
+    assert (tmp_path / "one" / "kit" / "key.pem").read_bytes() == before
+    with pytest.raises(BadInput, match="federation: found 'he art'"):
+        new_federation(tmp_path / "two", "he art")
+    with pytest.raises(BadInput, match="hosts: found 'hub:7443'"):
+        new.create(
+            "heart", tmp_path / "two", ["hub:7443"], SecretBytes(b"x"), now(),
+            port=1, enrol_port=2, approval="manual",
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    """Run a command of fed-coordinator: its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(PASSPHRASE_VARIABLE, raising=False)
+
+    def run(*words):
+        with pytest.raises(SystemExit) as ended:
+            main([*words])
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_commands_of_an_operator(command, tmp_path, monkeypatch):
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
+    code, made, said = command("init", "heart", "--host", "hub.example.org", "--out", "f")
+    assert (code, said) == (0, "")
+    for word in ("made there", "keep safe", "the passphrase", "fingerprint", "next", "serve"):
+        assert word in made
+    monkeypatch.chdir(tmp_path / "f")
+    _, line, told = command("invite", "va", "--days", "2")
+    assert line.startswith("fedcore-join:hub.example.org:7444:va:")
+    assert line.count("\n") == 1
+    assert "once, until" in told
+    request = joining.begin(joining.JoinLine.parse(line), tmp_path / "va")
+    (tmp_path / "request.json").write_text(json.dumps(request.to_json()))
+    words = ("approve", "va", "--request", "../request.json", "--answer", "../answer.json")
+    monkeypatch.delenv(PASSPHRASE_VARIABLE)
+    code, shown, refused = command(*words)
+    assert (code, shown) == (2, "")
+    assert "passphrase of the authority: found none and no terminal" in refused
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
+    _, approved, _ = command(*words)
+    assert "site 'va' is on roster 2" in approved
+    joining.finish(tmp_path / "va", joining.read_answer(tmp_path / "answer.json"), now(), tasks=[])
+    _, listed, told_too = command("sites")
+    assert "joined" in listed
+    assert "whether they are connected is unknown" in told_too
+    every = made + told + approved + listed
+    assert PASSPHRASE not in every
+    assert line.strip().rsplit(":", 1)[1] not in every + (tmp_path / "request.json").read_text()
+
+
+# ------------------------------------------------------------------------------------------ the key
+
+
+def test_where_a_passphrase_comes_from(tmp_path, monkeypatch):
+    monkeypatch.delenv(PASSPHRASE_VARIABLE, raising=False)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for path in (one, two):
+        path.write_text(f"{path.name}\n")
+        path.chmod(0o600)
+    assert find_passphrase(None) is None
+    assert find_passphrase(None, None, two).reveal() == b"two"
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, "from the environment")
+    assert find_passphrase(None, two).reveal() == b"from the environment"
+    assert find_passphrase(one, two).reveal() == b"one"
+    one.chmod(0o644)
+    with pytest.raises(BadInput, match="others on this machine can read"):
+        find_passphrase(one)
+    two.write_text("\n")
+    with pytest.raises(BadInput, match="found it empty"):
+        find_passphrase(two)
+    with pytest.raises(BadInput, match=f"expected {LEAST_CHARACTERS} or more"):
+        check_new(SecretBytes(b"short"))
+
+
+def test_the_authority_opens_with_its_own_passphrase_only(files, tmp_path, monkeypatch):
+    folder = files.config.enrolment.authority
+    with pytest.raises(BadInput, match="that this passphrase does not open") as caught:
+        open_authority(files.config, folder, SecretBytes(b"correct horse battery"))
+    assert "correct horse" not in str(caught.value)
+    other = new_federation(tmp_path / "other")
+    with pytest.raises(BadInput, match="that of 'heart'"):
+        open_authority(
+            files.config, other.config.enrolment.authority, SecretBytes(PASSPHRASE.encode())
+        )
+    monkeypatch.delenv(PASSPHRASE_VARIABLE, raising=False)
+    assert find_authority(files.config) is None
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
+    assert find_authority(files.config).fingerprint == files.fingerprint
+    (folder / "key.pem").rename(tmp_path / "key.pem")  # to another machine
+    assert find_authority(files.config) is None
+
+
+# ------------------------------------------------------------------------------------------ together
+
+
+def test_operators_at_once_do_not_corrupt_the_roster(files, tmp_path):
+    names = [f"site-{n}" for n in range(6)]
+    for name in names:
+        asked(files, name, tmp_path)
+    others = [FederationFiles(files.config) for _ in names]
+    authority = authority_of(files)
+
+    def work(each):
+        one, name = each
+        one.approve(name, authority, now())
+        one.invite(f"{name}-b", 7, now())
+        if name == "site-0":
+            one.revoke(name, authority, now())
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, zip(others, names, strict=True)))
+    roster = files.roster()
+    assert sorted(roster.sites) == names[1:]
+    assert roster.number == 1 + 6 + 1
+    known = files.enrolments()
+    assert {name: known[name].state for name in names} == dict.fromkeys(names, "approved") | {
+        "site-0": "revoked"
+    }
+    assert all(known[f"{name}-b"].state == "invited" for name in names)
+    assert [path.name for path in files.config.roster.parent.glob(".*")] == []
+
+
+def test_a_command_that_finds_another_one_says_so(files, monkeypatch):
+    monkeypatch.setattr("fedcore_server.federation.LOCK_SECONDS", 0.05)
+    with files._locked(), pytest.raises(BadInput, match="found another command changing it"):
+        files.invite("va", 7, now())
+    files.invite("va", 7, now())
+
+
+def test_an_approval_that_was_killed_is_repeated(files, tmp_path, monkeypatch):
+    asked(files, "va", tmp_path)
+    monkeypatch.setattr(
+        FederationFiles, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        files.approve("va", authority_of(files), now())
+    monkeypatch.undo()
+    assert (files.roster().number, files.enrolment("va").state) == (2, "asked")
+    files.approve("va", authority_of(files), now())
+    assert (files.roster().number, files.enrolment("va").state) == (2, "approved")
+
+
+def test_two_sites_with_one_identity_key_are_refused(files, tmp_path):
+    joined(files, "va", tmp_path)
+    line = files.invite("vb", 7, now())[0]
+    (tmp_path / "vb").mkdir()
+    (tmp_path / "vb" / "identity.pem").write_bytes((tmp_path / "va" / "identity.pem").read_bytes())
+    (tmp_path / "vb" / "identity.pem").chmod(0o600)
+    files.ask(joining.begin(line, tmp_path / "vb"), now())
+    with pytest.raises(Refused, match="the key of va"):
+        files.approve("vb", authority_of(files), now())
+    assert files.roster().number == 2
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "coordinator", "VA", "a b", "", ".hidden", "con"])
+def test_names_that_no_site_may_have_are_refused(files, name):
+    files.invite("va", 7, now())
+    with pytest.raises(BadInput):
+        files.invite(name, 7, now())
+    assert [*files.enrolments()] == ["va"]
+
+
+def test_a_federation_of_fedcore_up_has_no_invitations(files):
+    write_roster(files.config.roster, {"va": IdentityKey().public})
+    with pytest.raises(BadInput, match="found a roster without signature") as caught:
+        files.invite("oslo", 7, now())
+    assert "fed-coordinator init" in caught.value.remedy
+
+
+# ------------------------------------------------------------------------------------------ revocation
+
+
+def test_a_revoked_site_is_on_the_list_and_off_the_roster(files, tmp_path):
+    answer = joined(files, "va", tmp_path)
+    joined(files, "oslo", tmp_path)
+    revocations = Revocations(files.config.revoked)
+    revocations.check(peer_of(answer.certificate))
+    count, roster = files.revoke("va", authority_of(files), now())
+    assert (count, roster.number, [*roster.sites]) == (1, 4, ["oslo"])
+    assert revocations.refresh()
+    with pytest.raises(CertificateRefused, match="found it withdrawn"):
+        revocations.check(peer_of(answer.certificate))
+    files.revoke("va", authority_of(files), now())  # again: nothing changes
+    assert (files.roster().number, revocations.refresh()) == (4, True)
+    assert files.config.revoked.read_text().count("# va") == 1
+
+
+def test_every_certificate_of_a_site_is_revoked(files, tmp_path):
+    first = joined(files, "va", tmp_path)
+    second = files.renew("va", None, authority_of(files), now())
+    assert first.certificate != second.certificate
+    assert files.revoke("va", authority_of(files), now())[0] == 2
+    revocations = Revocations(files.config.revoked)
+    for answer in (first, second):
+        with pytest.raises(CertificateRefused):
+            revocations.check(peer_of(answer.certificate))
+
+
+def test_without_the_authority_a_site_is_cut_off_and_the_roster_follows(files, tmp_path):
+    joined(files, "va", tmp_path)
+    assert files.revoke("va", None, now()) == (1, None)
+    assert [*files.roster().sites] == ["va"]
+    signed = files.sign_roster(authority_of(files), now())
+    assert (signed.number, [*signed.sites]) == (3, [])
+    assert files.sign_roster(authority_of(files), now()).number == 3
+
+
+def test_an_invitation_is_revoked(files):
+    files.invite("va", 7, now())
+    assert files.revoke("va", None, now())[0] == 0
+    assert files.enrolment("va").state == "revoked"
+    with pytest.raises(BadInput, match="site: found 'vb', which is not known"):
+        files.revoke("vb", None, now())
+
+
+def test_a_list_without_a_line_end_is_not_damaged(files, tmp_path):
+    joined(files, "va", tmp_path)
+    files.config.revoked.write_text("# mine\nabc")
+    files.revoke("va", authority_of(files), now())
+    assert files.config.revoked.read_text().startswith("# mine\nabc\n")
+    Revocations(files.config.revoked)
+
+
+# ------------------------------------------------------------------------------------------ views
+
+
+def test_the_table_of_sites(files, tmp_path):
+    joined(files, "va", tmp_path)
+    asked(files, "oslo", tmp_path)
+    files.invite("basel", 7, now())
+    joined(files, "bonn", tmp_path)
+    files.revoke("bonn", authority_of(files), now())
+    rows = {row["site"]: row for row in sites_rows(files, {"va"})}
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "va": "joined", "oslo": "asked", "basel": "invited", "bonn": "revoked"
+    }  # fmt: skip
+    assert [name for name, row in rows.items() if row["connected"]] == ["va"]
+    assert [name for name, row in rows.items() if row["on_roster"]] == ["va"]
+    assert rows["basel"]["invitation_expires"]
+    assert not rows["va"]["invitation_expires"]
+    shown = roster_lines(files.roster())
+    assert rows["va"]["identity"] in shown[1]
+    assert "1 site," in shown[0]
+
+
+def test_settings_of_joining_are_checked(files):
+    path = files.config.roster.parent / "federation.toml"
+    path.write_text(
+        path.read_text()
+        .replace('"automatic" ', '"sometimes" ')
+        .replace('= "automatic"', '= "sometimes"')
+    )
+    with pytest.raises(BadInput, match=r"enrolment.approval: found 'sometimes', expected"):
+        read_config(path)
