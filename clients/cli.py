@@ -6,7 +6,10 @@ Results go to stdout, progress and hints to stderr; exit codes are those of ever
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +22,7 @@ from fedcore.errors import EXIT_REFUSED, BadInput
 if TYPE_CHECKING:  # they import numpy, which `--help` does without
     from fedcore_clients.control import Control
 
+    from fedcore.identity.joining import JoinAnswer, JoinLine
     from fedcore.types import Json
 
 app = application("fed-site", "A site of a federation: its process, and what it is at.")
@@ -26,6 +30,9 @@ app = application("fed-site", "A site of a federation: its process, and what it 
 Config = Annotated[Path, typer.Option("--config", help="The site's file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 _HERE = Path("site.toml")
+
+ASK_SECONDS = 5.0
+"""How often `join --wait` asks whether it is approved."""
 
 
 def _print(as_json: bool, found: Json, lines: Iterable[str]) -> None:
@@ -53,6 +60,96 @@ def run_site(
 
     start_logging()
     begin(read_config(config), echo, health)
+
+
+@app.command()
+def join(
+    line: Annotated[
+        str, typer.Argument(help="The line of `fed-coordinator invite`; default: read from stdin.")
+    ] = "-",
+    out: Annotated[Path, typer.Option("--out", help="The site's folder.")] = Path(),
+    task: Annotated[
+        str | None, typer.Option("--task", help="A task that may run here: heart, or path/task.py")
+    ] = None,
+    source: Annotated[str, typer.Option("--source", help="This site's data for it.")] = "",
+    proxy: Annotated[
+        str, typer.Option("--proxy", help="http://HOST:PORT of a proxy to connect through.")
+    ] = "",
+    wait: Annotated[
+        bool, typer.Option("--wait", help="If it must be approved, ask again until it is.")
+    ] = False,
+    request: Annotated[
+        Path | None, typer.Option("--request", help="Write the request to this file; send nothing.")
+    ] = None,
+    answer: Annotated[
+        Path | None, typer.Option("--answer", help="Read the answer to it from this file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Join a federation. Makes this site's keys here, and fetches its certificate and the roster."""
+    from fedcore_clients import joining
+
+    from fedcore.files import write_json
+    from fedcore.identity.joining import key_fingerprint
+
+    allowed = [joining.find_task(task, source)] if task else []
+    if answer is not None:
+        found = joining.read_answer(answer)
+    elif request is not None:
+        asked = joining.begin(_join_line(line), out)
+        write_json(request, asked.to_json())
+        shown = key_fingerprint(asked.identity)
+        _print(as_json, {"state": "asked", "request": str(request), "identity": shown}, [
+            f"wrote {request}: bring it to the operator; it holds no private key and no token",
+            f"identity key {shown}: the operator compares it",
+            f"then: fed-site join --answer FILE --out {out}",
+        ])  # fmt: skip
+        return
+    else:
+        found = _joined_online(_join_line(line), out, proxy, wait, as_json)
+    done = joining.finish(out, found, datetime.now(UTC), tasks=allowed, proxy=proxy)
+    about = {
+        "state": "joined", "site": done.site, "federation": done.federation,
+        "roster": done.roster.number, "certificate_until": done.until.isoformat(), "files": [*done.wrote],
+    }  # fmt: skip
+    _print(as_json, about, done.lines(out))
+
+
+def _join_line(text: str) -> JoinLine:
+    """The join line of an argument or of stdin: an argument can be read in the list of processes."""
+    from fedcore.identity.joining import JoinLine as Found
+
+    if text == "-":
+        if sys.stdin.isatty():
+            say("join line:")
+        text = sys.stdin.readline()
+    return Found.parse(text)
+
+
+def _joined_online(
+    line: JoinLine, folder: Path, proxy: str, wait: bool, as_json: bool
+) -> JoinAnswer:
+    """The coordinator's answer; ends the command where the site must be approved first."""
+    from fedcore_clients import joining
+
+    from fedcore.identity.joining import key_fingerprint
+
+    told = False
+    while (found := joining.ask(line, folder, proxy, datetime.now(UTC))) is None:
+        shown = key_fingerprint(joining.begin(line, folder).identity)
+        if not told:
+            say(
+                f"asked to join as {line.site!r}; the operator has to approve it: fed-coordinator approve {line.site}"
+            )
+            say(f"identity key {shown}: tell the operator, who sees it in `fed-coordinator sites`")
+        if not wait:
+            say("hint: run the same command again after that, or with --wait")
+            if as_json:
+                emit({"state": "waiting", "identity": shown})
+            raise typer.Exit(EXIT_REFUSED)
+        told = True
+        time.sleep(ASK_SECONDS)
+    return found
 
 
 @app.command()

@@ -1,0 +1,499 @@
+"""Joining over the real port: who is let in, and each way in which one is not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import ssl
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from fedcore_clients import joining
+from fedcore_clients.config import read_config
+from fedcore_server import enrolment
+
+from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, Refused
+from fedcore.identity.authority import Authority
+from fedcore.identity.identities import read_identity
+from fedcore.identity.joining import (
+    MOST_REQUEST,
+    JoinAnswer,
+    JoinLine,
+    JoinRefused,
+    JoinRequest,
+    make_csr,
+)
+from fedcore.identity.kit import Kit
+from fedcore.identity.peer import peer_of
+from fedcore.identity.signed_roster import SignedRoster, read_pins
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.crypto.secret import SecretBytes
+from tests.support.federations import authority_of, new_federation, now, served
+
+
+@pytest.fixture
+def files(tmp_path):
+    return new_federation(tmp_path / "federation")
+
+
+def invited(files, site="va", days=7.0):
+    return files.invite(site, days, now())[0]
+
+
+def join(line, folder, at=None):
+    """What `fed-site join` does; None where it waits for approval."""
+    answer = joining.ask(line, folder, "", at or now())
+    return None if answer is None else joining.finish(folder, answer, now(), tasks=[])
+
+
+def refused(line, folder):
+    with pytest.raises(JoinRefused) as caught:
+        join(line, folder)
+    return caught.value.word
+
+
+# ------------------------------------------------------------------------------------------ joining
+
+
+def test_a_site_joins_with_its_line(files, tmp_path):
+    with served(files):
+        done = join(invited(files), tmp_path / "va")
+    kit = Kit.load(tmp_path / "va" / "kit")
+    kit.check("site", now())
+    sites, signed = read_pins(tmp_path / "va" / "roster.toml", kit.authority_pem, "heart")
+    assert (done.site, done.federation, done.roster.number, signed.number) == ("va", "heart", 2, 2)
+    assert sites == {"va": read_identity(tmp_path / "va" / "identity.pem").public}
+    assert files.roster() == signed
+    config = read_config(tmp_path / "va" / "site.toml")
+    assert (config.site, config.coordinator) == ("va", f"localhost:{files.config.port}")
+    assert (config.kit, config.policy.minimum_sites) == (tmp_path / "va" / "kit", 3)
+    assert not (tmp_path / "va" / "joining.json").exists()
+
+
+def test_private_keys_are_made_at_the_site_and_not_sent(files, tmp_path):
+    with served(files) as received:
+        join(line := invited(files), tmp_path / "va")
+    folder = tmp_path / "va"
+    for name in ("identity.pem", "kit/key.pem"):
+        assert (folder / name).stat().st_mode & 0o777 == 0o600
+    token = line.text().rsplit(":", 1)[1]
+    everything = b"".join(
+        p.read_bytes() for p in files.config.roster.parent.rglob("*") if p.is_file()
+    )
+    for secret in (
+        line.token.reveal(), token.encode(), line.token.reveal().hex().encode(),
+        *((folder / name).read_bytes().split(b"\n")[1] for name in ("identity.pem", "kit/key.pem")),
+    ):  # fmt: skip
+        assert secret not in b"".join(received)
+        assert secret not in everything
+
+
+def test_sites_that_join_at_once_are_all_on_the_roster(files, tmp_path):
+    names = ["a", "b", "c", "d", "e"]
+    lines = {name: invited(files, name) for name in names}
+    with served(files), ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda name: join(lines[name], tmp_path / name), names))
+    assert sorted(each.roster.number for each in found) == [2, 3, 4, 5, 6]
+    roster = files.roster()
+    assert (roster.number, sorted(roster.sites)) == (6, names)
+
+
+def test_a_site_that_was_revoked_joins_with_new_keys(files, tmp_path):
+    with served(files):
+        join(first := invited(files), tmp_path / "old")
+        files.revoke("va", authority_of(files), now())
+        assert refused(first, tmp_path / "again") == "token"
+        done = join(invited(files), tmp_path / "new")
+    assert done.roster.number == 4
+    assert files.roster().sites["va"] == read_identity(tmp_path / "new" / "identity.pem").public
+    serials = {
+        peer_of((tmp_path / n / "kit" / "certificate.pem").read_bytes()).serial
+        for n in ("old", "new")
+    }
+    assert set(files.enrolment("va").serials) == serials
+
+
+# ------------------------------------------------------------------------------------------ retries
+
+
+def test_an_attempt_whose_answer_was_lost_is_repeated(files, tmp_path):
+    line = invited(files)
+    with served(files) as received:
+        assert (
+            joining.ask(line, tmp_path / "va", "", now()) is not None
+        )  # and the machine stops here
+        assert not (tmp_path / "va" / "site.toml").exists()
+        done = join(line, tmp_path / "va")
+    assert done.roster.number == 2
+    assert received[0] == received[1]
+    assert len(files.enrolment("va").serials) == 1
+
+
+@pytest.mark.parametrize("lost", ["kit/certificate.pem", "site.toml", "roster.toml"])
+def test_an_attempt_that_was_killed_while_writing_is_repeated(files, tmp_path, lost, monkeypatch):
+    line, write = invited(files), joining.write_atomic
+
+    def killed(path, data):
+        if str(path).endswith(lost):
+            raise OSError("no space")
+        write(path, data)
+
+    with served(files):
+        monkeypatch.setattr(joining, "write_atomic", killed)
+        with pytest.raises(OSError, match="no space"):
+            join(line, tmp_path / "va")
+        monkeypatch.undo()
+        assert join(line, tmp_path / "va").roster.number == 2
+    assert read_config(tmp_path / "va" / "site.toml").site == "va"
+
+
+def test_an_attempt_before_the_coordinator_runs_leaves_nothing(files, tmp_path):
+    line = invited(files)
+    with pytest.raises(BadInput, match="found no connection"):
+        join(line, tmp_path / "va")
+    assert not (tmp_path / "va").exists()
+    with served(files):
+        assert join(line, tmp_path / "va").roster.number == 2
+
+
+def test_a_site_that_has_joined_keeps_its_keys(files, tmp_path):
+    with served(files):
+        join(line := invited(files), tmp_path / "va")
+        before = (tmp_path / "va" / "kit" / "key.pem").read_bytes()
+        with pytest.raises(AlreadyExists, match="a site that has joined already"):
+            join(line, tmp_path / "va")
+    assert (tmp_path / "va" / "kit" / "key.pem").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_line_works_once(files, tmp_path):
+    with served(files):
+        join(line := invited(files), tmp_path / "va")
+        assert refused(line, tmp_path / "other") == "used"
+    assert files.roster().number == 2
+
+
+def test_a_line_expires(files, tmp_path):
+    line, at = invited(files, days=2), now() + timedelta(days=2, minutes=1)
+    with served(files, clock=lambda: at):
+        assert refused(line, tmp_path / "va") == "expired"
+    assert files.enrolment("va").state == "invited"
+
+
+def test_a_request_that_waits_does_not_expire(files, tmp_path):
+    line, at = invited(files, days=2), [now()]
+    with served(files, manual=True, clock=lambda: at[0]):
+        assert join(line, tmp_path / "va") is None
+        at[0] += timedelta(days=3)
+        assert join(line, tmp_path / "va") is None
+
+
+def test_a_forged_token_is_refused(files, tmp_path):
+    line = invited(files)
+    with served(files):
+        for forged in (
+            replace(line, token=SecretBytes(bytes(32))),
+            replace(line, site="oslo"),  # never invited
+            JoinLine.create(line.host, line.port, "va", line.fingerprint),
+        ):
+            assert refused(forged, tmp_path / "forged") == "token"
+            for each in (tmp_path / "forged").glob("joining.json"):
+                each.unlink()
+        newer = invited(files)
+        assert refused(line, tmp_path / "older") == "token"
+        assert join(newer, tmp_path / "va").roster.number == 2
+
+
+def answered(files, request):
+    """The answer to one JSON request over the real port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=files.authority_pem.decode())
+    where = "localhost", files.config.enrol_port
+    with (
+        socket.create_connection(where, 10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as secured,
+        secured.makefile("rb") as reader,
+    ):
+        json.loads(reader.readline())
+        data = request if isinstance(request, bytes) else json.dumps(request.to_json()).encode()
+        secured.sendall(data + b"\n")
+        return json.loads(reader.readline())
+
+
+def a_request(files, folder, site="va"):
+    return joining.begin(invited(files, site), folder)
+
+
+@pytest.mark.parametrize("name", ["oslo", "VA", "va/../oslo", "coordinator"])
+def test_a_certificate_request_for_another_name_is_refused(files, monkeypatch, name):
+    line, csr = invited(files), make_csr(name, ec.generate_private_key(ec.SECP256R1()))
+    monkeypatch.setattr("fedcore.identity.joining.make_csr", lambda *_: csr)
+    request = JoinRequest.create(line, None, IdentityKey())
+    with served(files):
+        assert answered(files, request) == {"state": "refused", "word": "name"}
+    assert files.enrolment("va").state == "invited"
+
+
+def test_a_site_on_the_roster_is_not_replaced(files, tmp_path):
+    with served(files):
+        join(invited(files), tmp_path / "va")
+        with pytest.raises(Refused, match="found it on roster 2"):
+            invited(files)
+        request = a_request(files, tmp_path / "oslo", "oslo")
+        # as if the roster had got the name while the line was out
+        roster = files.roster()
+        both = {**roster.sites, "oslo": IdentityKey().public}
+        SignedRoster("heart", 3, now(), both).sign(authority_of(files)).save(files.config.roster)
+        assert answered(files, request) == {"state": "refused", "word": "joined"}
+    assert files.roster().sites["oslo"] == both["oslo"]
+
+
+def test_a_request_that_was_altered_on_its_way_is_refused(files, tmp_path):
+    request = a_request(files, tmp_path / "va")
+    stranger = IdentityKey()
+    with served(files):
+        for other, word in (
+            (replace(request, identity=stranger.public), "token"),
+            (replace(request, csr=request.csr[:-1] + b"x"), "token"),
+            (replace(request, by_token=bytes(64)), "token"),
+            (replace(request, by_identity=bytes(64)), "request"),
+            (replace(request, site="va\n"), "request"),
+        ):
+            assert answered(files, other) == {"state": "refused", "word": word}
+    assert files.enrolment("va").state == "invited"
+
+
+def test_malformed_and_endless_requests_are_refused(files, tmp_path):
+    request = a_request(files, tmp_path / "va")
+    with served(files) as received:
+        for data in (b"", b"[]", b"\xff\xfe", b"{}", b"[" * 4000, b'{"site": 3}', b"null"):
+            assert answered(files, data) == {"state": "refused", "word": "request"}
+        before = len(received)
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # the connection may be reset while bytes are on their way
+            assert answered(files, b"x" * (MOST_REQUEST + 1)) == {
+                "state": "refused",
+                "word": "request",
+            }
+        assert len(received) == before
+        assert answered(files, request)["state"] == "joined"
+
+
+def test_a_peer_that_says_nothing_is_disconnected(files, monkeypatch, tmp_path):
+    monkeypatch.setattr(enrolment, "SECONDS", 0.2)
+    with (
+        served(files),
+        socket.create_connection(("localhost", files.config.enrol_port), 10) as mute,
+    ):
+        assert mute.recv(1) == b""
+
+
+def test_connections_of_one_address_are_few(files, tmp_path):
+    line = invited(files)
+    with served(files):
+        with contextlib.ExitStack() as opened:
+            many = [
+                opened.enter_context(socket.create_connection(("127.0.0.1", line.port), 10))
+                for _ in range(enrolment.MOST_OF_ADDRESS + 1)
+            ]
+            assert many[-1].recv(1) == b""  # closed at once, while the others may go on
+        while True:  # until the server has seen that they are closed
+            with contextlib.suppress(BadInput):
+                assert join(line, tmp_path / "va").roster.number == 2
+                break
+
+
+# ------------------------------------------------------------------------------------------ trust
+
+
+def test_nothing_is_sent_to_another_authority(files, tmp_path):
+    line = replace(invited(files), fingerprint="0" * 64)
+    with (
+        served(files) as received,
+        pytest.raises(CertificateRefused, match="found the authority") as caught,
+    ):
+        join(line, tmp_path / "va")
+    assert "nothing was sent" in caught.value.remedy
+    assert received == []
+    assert not (tmp_path / "va").exists()
+
+
+class Impostor:
+    """A TLS server that says what it is told, and records what it is sent."""
+
+    def __init__(self, folder, kit, first):
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(kit.certificate_path, kit.key_path)
+        self.first, self.received = first, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            plain, _ = self.listener.accept()
+            with plain, self.context.wrap_socket(plain, server_side=True) as secured:
+                secured.sendall(self.first)
+                if self.first.endswith(b"\n"):
+                    self.received.append(secured.recv(1))
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.listener.close()
+        self.thread.join(10)
+
+
+def kit_of(authority, folder, role="coordinator", hosts=("localhost",)):
+    return authority.issue(role, role, now(), hosts=hosts if role == "coordinator" else ()).save(
+        folder
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("relayed authority", "that is not trusted here"),
+        ("a second authority", "found the authority"),
+        ("a site's certificate", "found role 'operator'"),
+        ("another host", "found it made out to elsewhere.example"),
+        ("no JSON", "found something else there"),
+        ("a cut line", "found something else there"),
+    ],
+)
+def test_an_impostor_is_sent_nothing(files, tmp_path, case, words):
+    """It may know the authority's certificate, which is public."""
+    theirs, ours = Authority.create("heart", now()), authority_of(files)
+    kit = {
+        "a site's certificate": lambda: kit_of(ours, tmp_path / "kit", "operator"),
+        "another host": lambda: kit_of(ours, tmp_path / "kit", hosts=("elsewhere.example",)),
+    }.get(case, lambda: kit_of(theirs, tmp_path / "kit"))()
+    shown = files.authority_pem
+    if case == "a second authority":
+        shown += theirs.certificate_pem
+    first = json.dumps({"authority": shown.decode()}).encode() + b"\n"
+    first = {"no JSON": b"HTTP/1.1 400 Bad Request\r\n", "a cut line": first[:100]}.get(case, first)
+    line = invited(files)
+    with (
+        Impostor(tmp_path, kit, first) as impostor,
+        pytest.raises((CertificateRefused, BadInput), match=words),
+    ):
+        join(replace(line, port=impostor.port), tmp_path / "va")
+    assert impostor.received in ([], [b""])
+    assert not (tmp_path / "va").exists()
+
+
+def test_an_answer_of_another_authority_is_not_written(files, tmp_path):
+    request = a_request(files, tmp_path / "va")
+    good = files_answer(files, request)
+    other = Authority.create("heart", now())
+    for bad, kind in (
+        (replace(good, authority=other.certificate_pem), CertificateRefused),
+        (
+            replace(good, certificate=other.issue("site", "va", now()).certificate_pem),
+            CertificateRefused,
+        ),
+        (
+            replace(
+                good, certificate=authority_of(files).issue("site", "va", now()).certificate_pem
+            ),
+            CertificateRefused,
+        ),
+        (
+            replace(
+                good, certificate=authority_of(files).issue("site", "oslo", now()).certificate_pem
+            ),
+            CertificateRefused,
+        ),
+        (replace(good, roster=SignedRoster("heart", 2, now(), {}).sign(other).to_toml()), Refused),
+        (
+            replace(
+                good, roster=SignedRoster("heart", 2, now(), {}).sign(authority_of(files)).to_toml()
+            ),
+            BadInput,
+        ),
+    ):
+        with pytest.raises(kind):
+            joining.finish(tmp_path / "va", bad, now(), tasks=[])
+        assert not (tmp_path / "va" / "site.toml").exists()
+        assert not (tmp_path / "va" / "kit" / "certificate.pem").exists()
+    assert joining.finish(tmp_path / "va", good, now(), tasks=[]).site == "va"
+
+
+def files_answer(files, request):
+    """What a site that is approved gets."""
+    files.ask(request, now())
+    return files.answer(files.approve(request.site, authority_of(files), now()))
+
+
+# ------------------------------------------------------------------------------------------ approval
+
+
+def test_a_request_waits_for_approval(files, tmp_path):
+    line = invited(files)
+    with served(files, manual=True):
+        assert join(line, tmp_path / "va") is None
+        assert files.enrolment("va").state == "asked"
+        assert files.roster().number == 1
+        files.approve("va", authority_of(files), now())
+        assert files.enrolment("va").state == "approved"
+        assert join(line, tmp_path / "va").roster.number == 2
+        assert files.enrolment("va").state == "joined"
+
+
+def test_a_request_that_waits_is_bound_to_its_keys(files, tmp_path):
+    line = invited(files)
+    with served(files, manual=True):
+        join(line, tmp_path / "va")
+        assert refused(line, tmp_path / "thief") == "used"
+
+
+def test_a_site_that_has_not_asked_is_not_approved(files):
+    invited(files)
+    with pytest.raises(Refused, match="found it invited, expected a request"):
+        files.approve("va", authority_of(files), now())
+    with pytest.raises(BadInput, match="site: found 'vb', which is not known"):
+        files.approve("vb", authority_of(files), now())
+
+
+# ------------------------------------------------------------------------------------------ lines
+
+
+def test_a_line_is_read_back(files):
+    line = invited(files)
+    again = JoinLine.parse(line.text())
+    assert (again.host, again.port, again.site) == ("localhost", files.config.enrol_port, "va")
+    assert again.token_key == line.token_key
+    assert (
+        JoinLine.parse(f"  {line.text()[:50]}\n {line.text()[50:]}\r\n").token_key == line.token_key
+    )
+    six = JoinLine.create("::1", 7444, "va", line.fingerprint)
+    assert JoinLine.parse(six.text()).host == "::1"
+    assert line.text().rsplit(":", 1)[1] not in repr(line)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 43, 60, 110, 140])
+def test_a_line_that_is_cut_off_is_refused_without_its_token(files, cut):
+    text = invited(files).text()
+    with pytest.raises(BadInput, match="join line: found") as caught:
+        JoinLine.parse(text[:-cut])
+    assert text.rsplit(":", 1)[1][:16] not in str(caught.value)
+
+
+def test_requests_are_read_from_any_bytes():
+    with pytest.raises(JoinRefused):
+        JoinRequest.parse(b"x" * (MOST_REQUEST + 1))
+    with pytest.raises(BadInput, match="found no answer"):
+        JoinAnswer.parse(b'{"state": "joined"}', "coordinator")
+    with pytest.raises(BadInput, match="found no answer"):
+        JoinAnswer.parse(b'{"state": "refused", "word": "other"}', "coordinator")
