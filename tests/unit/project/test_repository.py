@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[3]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-OURS = ("fedcore", "server", "clients", "tests", "scripts", "docs", ".ci")
+OURS = ("fedcore", "server", "clients", "tests", "scripts", "docs", "deploy", ".ci")
 
 # The public names. Adding one is a decision, removing one breaks somebody: change both places.
 PUBLIC = {
