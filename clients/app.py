@@ -150,6 +150,8 @@ class Site:
                     "the coordinator's clock and this one differ by %s: certificates and times "
                     "in logs go by clocks", ago(abs(apart)),
                 )  # fmt: skip
+            where, software = self.session.coordinator, welcome.software
+            self._note("connect", to=where, software=software)
         for found in self.jobs.values():
             found.connected()
 
@@ -198,6 +200,10 @@ class Site:
         journal.put(offer.job, ROSTER_KEY, roster.to_bytes())
         journal.put(offer.job, "offer", encode(offer))
         journal.put("site", "jobs", json.dumps([*self.jobs, offer.job]).encode())
+        self.context.audit.record(
+            "decision", job=offer.job, on="offer", word="kept", task=offer.task,
+            task_sha256=offer.task_digest, offer=offer_digest(offer),
+        )  # fmt: skip
         LOG.info("job %s: task %s", offer.job, offer.task)
         self._begin(JobRunner(self.context, self.session, self.contributor, offer, roster))
 
@@ -251,6 +257,9 @@ class Site:
                 session.result()
                 refused = self.session.refused
                 assert refused is not None
+                self._note(
+                    "refused", what="this site's session", word=refused.code, text=refused.text
+                )
                 raise Refused(
                     f"coordinator: found this site refused ({refused.code}: {refused.text}), "
                     "expected it welcome",
@@ -284,8 +293,12 @@ class Site:
 
     async def _obey(self) -> None:
         policy, changed = self.context.policy, self.policy_file.refresh()
+        if changed:
+            self._note("policy", word="read again", **policy_facts(self.config))
         if self.control.refresh():
             policy.vetoed, changed = self.control.now.vetoed, True
+            said = self.control.now
+            self._note("policy", word=said.away or "takes part", vetoed=tuple(sorted(said.vetoed)))
             if self.control.problem:
                 LOG.error("%s; this site pauses", self.control.problem)
         if changed:
@@ -311,6 +324,13 @@ class Site:
         text = f"outside the hours of this site's policy: no new round before {when(until)}"
         busy = any(found.job.in_round for found in self.jobs.values())  # it is finished first
         return "" if busy else "hours", text
+
+    def _note(self, event: str, **facts: Fact) -> None:
+        """Record what no message relies on; where the disk refuses it, the log has it."""
+        try:
+            self.context.audit.record(event, **facts)
+        except StoreProblem as error:
+            LOG.warning("%s: not recorded: %s", event, error)
 
     async def _keep_status(self) -> None:
         while True:
@@ -415,11 +435,16 @@ def audit_facts(config: SiteConfig, papers: Papers) -> dict[str, Fact]:
         "party": party_of(config), "federation": papers.kit.peer.federation,
         "certificate": papers.kit.peer.fingerprint, "software": fedcore.__version__,
         "roster": papers.roster.digest, "sites": tuple(papers.roster.sites),
-        **{
-            name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for name, path in (("config", config.file), ("policy", config.policy_file))
-            if path is not None
-        },
+        **policy_facts(config),
+    }  # fmt: skip
+
+
+def policy_facts(config: SiteConfig) -> dict[str, Fact]:
+    """SHA-256 of the files that the policy is in."""
+    files = {"config": config.file, "policy": config.policy_file}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in files.items() if path is not None
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from fedcore_clients.audited import events_of, vector_event
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.job_policy import JobPolicy
 from fedcore_clients.job_work import JobWork, guard_rules
@@ -25,6 +26,7 @@ from fedcore_clients.offers import PlanMaker
 from fedcore_clients.session import Session
 from fedcore_clients.trainer import TrainingFailed
 
+from fedcore.audit.rounds import place
 from fedcore.errors import FedcoreError, StoreProblem
 from fedcore.identity.roster import ROSTER_KEY, Roster
 from fedcore.learning.guard import GuardMemory
@@ -228,6 +230,8 @@ class JobRunner:
         """Step the job, and carry out the effects."""
         if isinstance(event, DiskRefused):
             raise event.error
+        if isinstance(event, events.Approved):
+            self.context.audit.record("decision", job=self.id, on="offer", word="approved")
         if isinstance(event, events.Connected):
             self.work.online.clear()
         step, now, plan = self.job.step, self.context.clock(), self.job.plan
@@ -270,6 +274,8 @@ class JobRunner:
 
     def _do(self, effect: effects.SiteEffect) -> None:
         context, work = self.context, self.work
+        for event, facts in events_of(effect, self.job):
+            context.audit.record(event, **facts)
         match effect:
             case effects.Send(message=message):
                 self.link.say(self.id, message)
@@ -294,7 +300,13 @@ class JobRunner:
             case effects.Expose(header, survivors):
                 assert self.job.parts is not None
                 rows, names = self.job.part.rows, self.job.parts.agreed.names
+                first = not context.ledger.has(header.digest.hex())
+                if first:
+                    about = place(header) | {"survivors": survivors}
+                    context.audit.record("exposed", job=self.id, **about)
                 context.ledger.exposed(Exposure.of(header, survivors, rows=rows, columns=names))
+                if first:
+                    context.audit.sync()
             case effects.EnterRelease(certificate):
                 context.ledger.certified(certificate.header.digest.hex(), certificate.hash)
             case effects.AdoptState(name, data):
@@ -320,6 +332,8 @@ class JobRunner:
                 # Two uploads of one vector would end each other at the coordinator.
                 of, task = self._uploading or (b"", None)
                 if task is None or task.done() or of != submit.header:
+                    event, facts = vector_event(submit, self.job)
+                    context.audit.record(event, **facts)
                     task = self._background(work.upload(submit), submit.header)
                     self._uploading = submit.header, task
             case effects.OpenSum(header):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from fedcore_clients.audited import file_event, message_facts
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.offers import About, is_approved, job_of
 from fedcore_clients.policy import PolicySection
@@ -323,9 +324,10 @@ class JobWork:
         stored = await asyncio.to_thread(spool.put, self.id, name, _pieces(sealed))
         with contextlib.suppress(Offline, FileNotFoundError):  # the job may end meanwhile
             digest = certificate.header.digest
+            self._leaves("sealed checkpoint", stored)
             await self.link.upload(self.id, digest, stored.digest, stored.path)
             about = self.id, self.context.id, certificate.hash, stored.digest, stored.size
-            self.link.say(self.id, job_messages.CheckpointSealed(*about))
+            self._say(job_messages.CheckpointSealed(*about))
         spool.remove(self.id, name)
 
     async def catch_up(self, asked: effects.TakeCheckpoint) -> events.SiteEvent:
@@ -360,11 +362,22 @@ class JobWork:
             made = job_messages.ModelMade(
                 self.id, self.context.id, asked.certificate, stored.digest
             )
-            self.link.say(self.id, made)
+            self._say(made)
             return
         with contextlib.suppress(Offline, FileNotFoundError):  # the job may end meanwhile
             header = job_messages.model_upload(asked.certificate)
+            self._leaves("model", stored)
             await self.link.upload(self.id, header, stored.digest, stored.path)
+
+    def _leaves(self, what: str, stored: Stored) -> None:
+        """Record that a file is about to be uploaded. Raises StoreProblem."""
+        event, facts = file_event(self.id, what, stored.size, stored.digest)
+        self.context.audit.record(event, **facts)
+
+    def _say(self, message: job_messages.ToCoordinator) -> None:
+        """Record and send a message. Raises StoreProblem."""
+        self.context.audit.record("sent", job=self.id, **message_facts(message))
+        self.link.say(self.id, message)
 
     async def _model_file(self, asked: effects.GiveModel) -> Stored:
         """The file of the model here, made once. Raises TrainingFailed."""

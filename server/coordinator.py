@@ -150,7 +150,9 @@ class Coordinator:
             LOG.error("roster: %s; the one read before stays in force", with_hint(error))  # noqa: TRY400 - one line
             return
         now = rosters.current
-        for line in changes_of(now.sites, before.sites):
+        changes = tuple(changes_of(now.sites, before.sites))
+        self.sessions.note("roster", number=now.number, roster=now.digest, changes=changes)
+        for line in changes:
             LOG.info("roster %s: %s", now.number or "(not numbered)", line)
         self.changed()
 
@@ -168,6 +170,9 @@ class Coordinator:
                     continue
                 found.facts.sites[name].unable = why
                 found.put(SiteLeft(name))
+            peer = self.sessions.last_peers[name]
+            about = {"certificate": peer.fingerprint, "serial": peer.serial}
+            self.sessions.note("revoke", site=name, word=why, **about)
             del self.sessions.last_peers[name]
 
     def returned(self, name: SiteId) -> None:

@@ -77,7 +77,12 @@ class _Door:
     async def open(self, call: Call[Any, Any], context: ServicerContext) -> AsyncIterator[Peer]:
         """One open call of an admitted peer."""
         async with open_call(self._busy, context):
-            yield await self._sessions.admit(context, call)
+            peer = await self._sessions.admit(context, call)
+            try:
+                yield peer
+            except FedcoreError as error:
+                self._sessions.refused(call.name, error, type(error).__name__, peer)
+                raise
 
     def unary(self, call: Call[Q, A], answer: Callable[[Peer, Q], Awaitable[A]]) -> _Named:
         """A call with one request and one answer."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -24,6 +24,7 @@ from fedcore_server.folding import JobSum
 from fedcore_server.job_disk import JobDisk
 from fedcore_server.sessions import Sessions
 
+from fedcore.audit.rounds import place
 from fedcore.config import Job, build_job, plan_of
 from fedcore.errors import FedcoreError, LeaseLost, StoreFull, StoreProblem
 from fedcore.identity.roster import ROSTER_KEY, Roster
@@ -31,7 +32,7 @@ from fedcore.results import MetricsRow, ReferenceGap
 from fedcore.runtime.mailbox import Mailbox, keep_serving
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import ModelShape
-from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol import job_messages, messages
 from fedcore.secagg.protocol.effects import RemoveMasks, Send, Warn
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator import events
@@ -329,6 +330,13 @@ class JobRunner:
         for effect in found:
             self.perform(effect)
 
+    def _record_release(self, values: Mapping[str, bytes]) -> None:
+        """Record the release that ended a round, if one did. Raises StoreProblem."""
+        if "certificate" in values:
+            found = decode(values["certificate"], messages.Certificate)
+            about = {"certificate_hash": found.hash, "survivors": found.survivors}
+            self.context.audit.record("released", job=self.id, **place(found.header), **about)
+
     def perform(self, effect: CoordinatorJobEffect) -> None:
         """Carry out one effect. Raises what the disk refuses."""
         disk, name = self.disk, self.id
@@ -338,8 +346,11 @@ class JobRunner:
             case effects.AppendRecords():
                 disk.append(effect)
             case effects.CloseRound(values):
+                self._record_release(values)
                 disk.close_round(values)
             case effects.EndJob(ended):
+                about = {"outcome": ended.outcome, "text": ended.text}
+                self.context.audit.record("ended", job=name, **about)
                 disk.end(ended)
                 self.machine.ended(ended)
                 LOG.info("job %s: %s %s", name, ended.outcome, ended.text)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import secrets
@@ -12,6 +13,7 @@ from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.sessions import EVICTED
 
+from fedcore.audit.lines import Fact
 from fedcore.config import build_job
 from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import BadInput, PlanRefused, UnknownName
@@ -57,6 +59,10 @@ class OperatorsApi:
         offer = job_messages.JobOffer(name, asked.task, asked.task_sha256, canonical(settings))
         found = JobRunner(context, hub.sessions, offer, peer.name)
         (found.directory / "job.toml").write_bytes(asked.toml)
+        self._record(
+            "submit", peer, job=name, task=asked.task, task_sha256=asked.task_sha256,
+            settings=hashlib.sha256(offer.settings).hexdigest(), roster=found.roster.digest,
+        )  # fmt: skip
         context.journal.put(name, "submitter", peer.name.encode())
         context.journal.put(name, ROSTER_KEY, found.roster.to_bytes())
         context.journal.put(name, "offer", encode(offer))
@@ -65,6 +71,11 @@ class OperatorsApi:
         LOG.info("job %s: submitted by %s", name, peer.name)
         hub.changed()
         return frames.SubmitReply(name)
+
+    def _record(self, call: str, peer: Peer, **facts: Fact) -> None:
+        """Record a call before what it does. Raises StoreProblem."""
+        who: dict[str, Fact] = {"operator": peer.name, "certificate": peer.fingerprint}
+        self._hub.context.audit.record("operator", call=call, **who, **facts)
 
     def _check_room(self, operator: str) -> None:
         """Raise PlanRefused where the quota of queued jobs, or of this operator's jobs, is used up."""
@@ -137,6 +148,7 @@ class OperatorsApi:
         found = self._named(asked.job)
         if found.facts.outcome is not None:
             raise BadInput(f"stop: job {found.id} is over already ({found.facts.outcome.outcome})")
+        self._record("stop", peer, job=found.id)
         if found is self._hub.running():
             found.stop(f"stopped by {peer.name}")
         else:
@@ -155,6 +167,7 @@ class OperatorsApi:
             how = "is not evicted" if asked.undo else "is evicted already"
             raise BadInput(f"evict: site {asked.site} {how}")
         name = SiteId(asked.site)
+        self._record("evict", peer, site=name, word="undo" if asked.undo else "out")
         sessions.evict(name, undo=asked.undo)
         for found in hub.jobs.values():
             view = found.facts.sites.get(name)
@@ -169,9 +182,10 @@ class OperatorsApi:
         text = f"site {name} may connect again" if asked.undo else f"site {name} is evicted"
         return frames.Reply(text)
 
-    async def result(self, _: Peer, asked: frames.JobRequest) -> AsyncIterator[bytes]:
+    async def result(self, peer: Peer, asked: frames.JobRequest) -> AsyncIterator[bytes]:
         """The serialised parts of the files of a job."""
         hub, found = self._hub, self._named(asked.job)
+        self._record("result", peer, job=found.id)
         plan = found.facts.plan
         result = hub.about(found).to_json() | {
             "sites": hub.sites(found), "task_sha256": found.offer.task_digest,

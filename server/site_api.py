@@ -149,6 +149,7 @@ class SiteApi:
                 await reader
             if self._sessions.open.get(name) is session:
                 del self._sessions.open[name]
+                self._sessions.note("connect", site=name, word="ends")
                 LOG.info("site %s: session over", name)
                 self._hub.changed()
 

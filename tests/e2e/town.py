@@ -32,6 +32,8 @@ from fedcore_server.context import CoordinatorContext
 from fedcore_server.job_runner import JobRunner as CoordinatorRunner
 from support.policies import policy_of
 
+from fedcore.audit.keys import SiteSigner
+from fedcore.audit.trail import AuditTrail
 from fedcore.config import build_job, plan_of
 from fedcore.errors import StoreFull
 from fedcore.identity.roster import Roster, RosterFile
@@ -182,7 +184,8 @@ class Town:
             for key, part in tables.items() if key not in {"task", "base"}
         }  # fmt: skip
         self.offer = job_messages.JobOffer("job", "bench", "0" * 64, canonical(self.settings))
-        self.hub, self.sites, self.journals = None, {}, {}
+        self.hub_key = IdentityKey()
+        self.hub, self.sites, self.journals, self.trails = None, {}, {}, {}
         self.tasks, self.births, self.deaths = {}, {}, []
         self.signed, self.broken, self.pushing = {}, {}, True
         self.mute, self.trouble, self.trouble_at = set(), {}, {}
@@ -202,6 +205,8 @@ class Town:
     def open(self, name):
         journal = Watched.open(self.folder / name / "journal.sqlite", party=name)
         self.journals[name] = journal
+        key = self.keys.get(name) or self.hub_key
+        self.trails[name] = AuditTrail.open(self.folder / name, SiteSigner(key), {"party": name})
         return journal
 
     def start_hub(self, **kill):
@@ -215,6 +220,7 @@ class Town:
             self.pool,
             self.folder / HUB,
             self.limits,
+            audit=self.trails[HUB],
             retry_seconds=0.05,
         )
         if journal.get("job", "offer") is None:
@@ -247,6 +253,7 @@ class Town:
             folder,
             policy_of(len(SITES), **self.rules),
             Ledger.open(folder, self.keys[name]),
+            self.trails[name],
             retry_seconds=0.05,
         )
         self.births[name] = self.births.get(name, 0) + 1
@@ -297,6 +304,7 @@ class Town:
         self.births[name] += 1
         self._cut_power(name)
         self.journals.pop(name).close()
+        self.trails.pop(name).close()
         if name in self.left:
             self.replaced.add(name)
             shutil.rmtree(self.folder / name)
