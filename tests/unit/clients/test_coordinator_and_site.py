@@ -243,7 +243,7 @@ def test_two_sites_are_too_few():
 
 def test_what_waits_for_a_site_that_does_not_read_is_bounded():
     async def play():
-        session = SiteSession(SimpleNamespace(name="a"))
+        session = SiteSession(SimpleNamespace(name="a", fingerprint="f0", serial="1"))
         frame = frames.Record("job", bytes(sessions.MOST_BYTES // 10))
         for _ in range(50):
             session.put(frame)
@@ -259,7 +259,7 @@ def test_what_waits_for_a_site_that_does_not_read_is_bounded():
 
 def test_a_session_that_is_over_ends_though_its_queue_was_full():
     async def play():
-        session = SiteSession(SimpleNamespace(name="a"))
+        session = SiteSession(SimpleNamespace(name="a", fingerprint="f0", serial="1"))
         for number in range(sessions.MOST_FRAMES):
             session.put(frames.Ping(number))
         assert session.out.full()
@@ -307,7 +307,9 @@ def test_whoever_watches_hears_the_end_though_it_came_while_an_event_was_sent():
         return frames.json_value(event.json, sender="hub")["state"]
 
     async def play():
-        events = OperatorsApi(hub).watch(SimpleNamespace(name="op"), frames.WatchRequest("job"))
+        events = OperatorsApi(hub).watch(
+            SimpleNamespace(name="op", fingerprint="f0", serial="1"), frames.WatchRequest("job")
+        )
         heard = [state_in(await anext(events))]
         facts.progress.state = facts.outcome = "finished"
         heard += [state_in(data) async for data in events]

@@ -533,7 +533,9 @@ def test_whoever_watches_a_job_that_is_over_gets_every_row_once(tmp_path):
     async def play():
         hub = Coordinator(found.context, SimpleNamespace(still=lambda _: None))
         hub.adopt(found)
-        watched = OperatorsApi(hub).watch(SimpleNamespace(name="op"), frames.WatchRequest("job"))
+        watched = OperatorsApi(hub).watch(
+            SimpleNamespace(name="op", fingerprint="f0", serial="1"), frames.WatchRequest("job")
+        )
         events = [calls.WATCH.gives.unpack(event, sender="hub") async for event in watched]
         return [frames.json_value(event.json, sender="hub") for event in events]
 

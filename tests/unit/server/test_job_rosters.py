@@ -32,7 +32,7 @@ from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import frames
 
-PEER = SimpleNamespace(name="op")
+PEER = SimpleNamespace(name="op", fingerprint="f0", serial="1")
 KEYS = {name: IdentityKey().public for name in "abcde"}
 
 
@@ -249,7 +249,7 @@ def gate(town, revoked=()):
 
 
 def connect(town, name):
-    peer = SimpleNamespace(name=name)
+    peer = SimpleNamespace(name=name, fingerprint="f0", serial="1")
     town.hub.sessions.last_peers[name] = peer
     session = SiteSession(peer)
     town.hub.sessions.begin(name, session)

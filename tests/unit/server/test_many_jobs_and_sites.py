@@ -31,7 +31,10 @@ from fedcore.wire.records import TO_SITE, unpack_record
 SITES = [f"{number:03d}-{'x' * 60}" for number in range(500)]
 """As many as one coordinator was tried with, under the longest names there are."""
 
-PEER, GATE = SimpleNamespace(name="op"), SimpleNamespace(still=lambda _: None)
+PEER, GATE = (
+    SimpleNamespace(name="op", fingerprint="f0", serial="1"),
+    SimpleNamespace(still=lambda _: None),
+)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def submit(hub, operator="op", **settings):
     complete = build_job({"max_examples": 16, "rounds": 2, "batch_size": 8, **settings})
     about = json.dumps({"settings": wire_settings(complete)}).encode()
     asked = frames.SubmitRequest(b"# job\n", "t", "0" * 64, about)
-    peer = SimpleNamespace(name=operator)
+    peer = SimpleNamespace(name=operator, fingerprint="f0", serial="1")
     return asyncio.run(OperatorsApi(hub).submit(peer, asked)).job
 
 
