@@ -5,6 +5,7 @@ Set before anything imports torch or numpy, and inherited by the commands that t
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -110,6 +111,17 @@ LONGEST = (
     "test_sandbox.py",
 )  # fmt: skip
 """Files that take more than some twenty seconds, the longest first."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is loaded stays, and so do the tests: the garbage collector does not visit it, now and later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
