@@ -29,14 +29,17 @@ class JsonRecord(Mapping[str, Any]):
 
     def to_json(self) -> Json:
         """Plain dictionaries, lists, text and numbers, in the order of the fields."""
-        found: Json = {}
+        return {key: _plain(value) for key, value in self._entries()}
+
+    def _entries(self) -> Iterator[tuple[str, Any]]:
+        """Each key of the JSON form with the field's own value; of a key that comes twice the later counts."""
         for name, (key, _) in _keys(type(self)).items():
             value = getattr(self, name)
             if name in self._beside:
-                found |= _plain(value)
+                record = isinstance(value, JsonRecord)
+                yield from JsonRecord._entries(value) if record else value.items()
             elif value is not None or name not in self._left_out:
-                found[key] = _plain(value)
-        return found
+                yield key, value
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Self:
@@ -54,13 +57,16 @@ class JsonRecord(Mapping[str, Any]):
         return cls(**values)
 
     def __getitem__(self, key: str) -> Any:
-        return self.to_json()[key]
+        found = [value for own, value in self._entries() if own == key]
+        if not found:
+            raise KeyError(key)
+        return _plain(found[-1])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.to_json())
+        return iter(dict.fromkeys(key for key, _ in self._entries()))
 
     def __len__(self) -> int:
-        return len(self.to_json())
+        return sum(1 for _ in self)
 
 
 @cache
@@ -71,7 +77,12 @@ def _keys(cls: type[JsonRecord]) -> dict[str, tuple[str, Any]]:
     return {each.name: (each.metadata.get("key", each.name), hints[each.name]) for each in found}
 
 
+_PLAIN = frozenset({str, int, float, bool, NoneType})
+
+
 def _plain(value: Any) -> Any:
+    if type(value) in _PLAIN:  # nearly all; to ask an abstract class takes ten times as long
+        return value
     if isinstance(value, JsonRecord):
         return value.to_json()
     if isinstance(value, Mapping):

@@ -32,16 +32,20 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from pathlib import Path
 
 SUPPORTED = hasattr(os, "pidfd_open")
 LIBRARIES = (
-    "asyncio", "cryptography.x509", "google.protobuf", "numpy", "pydantic", "rich.console", "safetensors.torch",
-    "sqlalchemy", "tomli_w", "torch", "torch.utils.data", "typer",
+    "asyncio", "cryptography.x509", "google.protobuf", "numpy", "numpy.ctypeslib", "pydantic", "rich.console",
+    "safetensors.torch", "sqlalchemy", "sqlalchemy.dialects.sqlite", "sqlite3", "tomli_w", "torch", "torch.utils.data",
+    "torch.utils.serialization", "typer", "zstandard",
 )  # fmt: skip
 FEDCORE = (
     "fedcore_clients.app", "fedcore_clients.worker", "fedcore_server.app", "fedcore_server.fold_worker",
-    "fedcore.learning.site", "fedcore.learning.tracking", "fedcore.cli.main",
+    "fedcore.learning.site", "fedcore.learning.tracking", "fedcore.cli.main", "fedcore.experiment.comparison",
+    "fedcore.report.page", "fedcore.report.terminal", "matplotlib.backends.backend_svg", "matplotlib.figure",
+    "tenseal.sealapi", "tensorboard.summary.writer.event_file_writer",
 )  # fmt: skip
 REAL = ("fedcore_clients.confine",)
 """Modules that the real interpreter runs: they change namespaces."""
@@ -100,6 +104,8 @@ def serve(path, modules):
     for name in modules:
         importlib.import_module(name)
     gc.freeze()
+    for each in weakref.finalize._registry:  # torch's: a process that ends need not free its operators one by one
+        each.atexit = False
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")

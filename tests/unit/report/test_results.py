@@ -70,11 +70,16 @@ def test_what_is_read_has_types():
 
 def test_a_result_reads_by_the_keys_of_its_file_as_well():
     result = result_of(stored("heart"))
+    whole = result.to_json()
+    assert [*result] == [*whole] and len(result) == len(whole)
+    assert all(result[key] == value for key, value in whole.items())
     assert result["rounds"] == result.rounds
     assert result["arms"]["federated"]["auc"] == result.score("federated", "auc")
     assert result["per_site"]["va"]["rows"] == 200
     assert "stopped" in result and result.get("deployment") is None
-    assert dict(result) == result.to_json()
+    assert "metrics" not in result.arms["federated"] and "deployment" not in result
+    with pytest.raises(KeyError, match="sitez"):
+        result["sitez"]
 
 
 def test_a_run_of_before_opens_reports_and_reproduces(tmp_path, no_drawings):
