@@ -65,8 +65,8 @@ def test_who_is_killed_before_it_has_asked_leaves_the_others_their_processes():
     pool = preloaded()
     code = Path(pool.python).read_text()
     for sent in ("", "link.send(b'1'); ", "link.send(b'1234'); "):
-        before, after = code.split("socket.send_fds(", 1)
-        killed = before + f"{sent}os.kill(os.getpid(), 9)\nsocket.send_fds(" + after
+        before, after = code.split("link.sendmsg(", 1)
+        killed = before + f"{sent}os.kill(os.getpid(), 9)\nlink.sendmsg(" + after
         done = subprocess.run([sys.executable, "-ISS", "-c", killed, "-c", "pass"], timeout=120)
         assert done.returncode == -signal.SIGKILL
         done = subprocess.run(

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import gc
 import importlib
-import json
+import marshal
 import os
 import runpy
 import select
@@ -54,7 +54,7 @@ TESTS = str(Path(__file__).parents[1])
 _LENGTH = struct.Struct("<I")
 
 CLIENT = """#!{real} -ISS
-import json, os, signal, socket, struct, sys
+import _signal, _socket, marshal, os, sys  # the modules above these take twice as long to load as Python
 arguments = sys.argv[1:]
 found = [each for each in arguments if each in ("-m", "-c")][:1]
 place = arguments.index(found[0]) if found else 0
@@ -62,21 +62,31 @@ rest = arguments[place + 1 :]
 options = set(arguments[:place]) - {{"-P"}}
 if not found or options or rest[0] in {never!r}:
     os.execv({real!r}, [{real!r}, *arguments])
-link = socket.socket(socket.AF_UNIX)
+link = _socket.socket(_socket.AF_UNIX)
 link.connect({sockets!r}[found[0]])
-data = json.dumps({{
+data = marshal.dumps({{
     "how": found[0], "arguments": rest, "cwd": os.getcwd(), "env": dict(os.environ), "python": sys.argv[0],
     "first": [] if "-P" in arguments[:place] else [""],
-}}).encode()
-socket.send_fds(link, [struct.pack("<I", len(data)), data], [0, 1, 2])
-answers = link.makefile()
-pid = json.loads(answers.readline())
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, lambda number, _: os.kill(pid, number))
-code = json.loads(answers.readline())
+}})
+fds = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (0, 1, 2))
+link.sendmsg([len(data).to_bytes(4, "little")], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)])
+link.sendall(data)
+received = b""
+def answer():
+    global received
+    while b"\\n" not in received:
+        more = link.recv(64)
+        assert more
+        received += more
+    line, _, received = received.partition(b"\\n")
+    return int(line)
+pid = answer()
+for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
+    _signal.signal(number, lambda number, _: os.kill(pid, number))
+code = answer()
 if code < 0:
-    if code != -signal.SIGKILL:
-        signal.signal(-code, signal.SIG_DFL)
+    if code != -_signal.SIGKILL:
+        _signal.signal(-code, _signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
@@ -96,7 +106,7 @@ def _receive(link):
             parts += more
     except ConnectionError:
         size, parts = 0, bytearray()
-    return json.loads(parts) if size and len(parts) == size else None, fds
+    return marshal.loads(parts) if size and len(parts) == size else None, fds
 
 
 def serve(path, modules):
@@ -104,7 +114,7 @@ def serve(path, modules):
     for name in modules:
         importlib.import_module(name)
     gc.freeze()
-    for each in weakref.finalize._registry:  # torch's: a process that ends need not free its operators one by one
+    for each in weakref.finalize._registry:  # a process that ends need not free torch's operators
         each.atexit = False
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
@@ -206,7 +216,7 @@ class Forked:
     def __init__(self, link, args):
         self.args, self._link, self.returncode = args, link, None
         self._answers = link.makefile()
-        self.pid = json.loads(self._answers.readline())
+        self.pid = int(self._answers.readline())
 
     def _ended(self, seconds):
         """Whether it ends within so many seconds (None: whenever it does)."""
@@ -214,7 +224,7 @@ class Forked:
             answer = select.poll()  # not select(2): a test may hold thousands of descriptors
             answer.register(self._link, select.POLLIN)
             if answer.poll(None if seconds is None else max(0.0, seconds) * 1000):
-                self.returncode = json.loads(self._answers.readline())
+                self.returncode = int(self._answers.readline())
                 self._link.close()
         return self.returncode is not None
 
@@ -281,7 +291,7 @@ class Preloaded:
             "python": self.python,
             "first": [],
         }
-        data = json.dumps(asked).encode()
+        data = marshal.dumps(asked)
         link = socket.socket(socket.AF_UNIX)
         link.connect(self._sockets[how])
         with Path(os.devnull).open() as empty:
