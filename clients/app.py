@@ -22,13 +22,15 @@ from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.control import CONTROL_FILE, LOCK_FILE, ControlFile
 from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.hours import when
+from fedcore_clients.job_policy import ROSTER
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.offers import APPROVALS, offer_digest
 from fedcore_clients.policy import SITE_FILE, SitePolicy
 from fedcore_clients.policy_file import PolicyFile
+from fedcore_clients.rosters import APPROVED, WAITING, SiteRosters, approved_roster
 from fedcore_clients.sandbox import choose, logged
-from fedcore_clients.session import Session
+from fedcore_clients.session import ForJobs, Session
 from fedcore_clients.trainer import Loaded, Training
 
 import fedcore
@@ -39,10 +41,11 @@ from fedcore.audit.trail import AuditTrail
 from fedcore.cli.console import ago
 from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem, UnknownName
 from fedcore.files import write_json
-from fedcore.identity.identities import read_identity, read_roster
+from fedcore.identity.identities import read_identity
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import check_name, require_role
-from fedcore.identity.roster import ROSTER_KEY, Roster, RosterFile
+from fedcore.identity.roster import ROSTER_KEY, RosterFile
+from fedcore.identity.roster import Roster as PinnedRoster
 from fedcore.results import JobWait
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol import job_messages as job
@@ -53,7 +56,17 @@ from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.types import Json, SiteId
-from fedcore.wire.frames import Held, Hello, Record, SmallDownload, Task, Waiting
+from fedcore.wire.frames import (
+    Held,
+    Hello,
+    JobRoster,
+    Record,
+    Roster,
+    RosterSeen,
+    SmallDownload,
+    Task,
+    Waiting,
+)  # fmt: skip
 from fedcore.wire.records import TO_SITE, unpack_record
 
 LOG = logging.getLogger("fedcore.site")
@@ -117,6 +130,7 @@ class Site:
         self.waits: dict[str, Waiting] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self.policy_file = PolicyFile(context.policy, config.policy_file)
+        self.rosters = SiteRosters(config, kit, context.rosters, context.policy, context.audit)
         self.control = ControlFile(context.folder)
         self.away_text = ""
         """Why this site takes part in nothing now, for its operator."""
@@ -155,8 +169,12 @@ class Site:
         for found in self.jobs.values():
             found.connected()
 
-    def _on_frame(self, frame: Record | SmallDownload | Waiting) -> None:
+    def _on_frame(self, frame: ForJobs) -> None:
         match frame:
+            case Roster(document):
+                self.session.roster_seen(self.rosters.take(document))
+            case JobRoster():
+                self.rosters.name(frame)
             case Record():
                 message = unpack_record(frame, TO_SITE, sender="coordinator")
                 if isinstance(message, job.JobOffer):
@@ -164,7 +182,9 @@ class Site:
                 found = self.jobs.get(frame.job)
                 if isinstance(message, messages.Announce) and self._declines(found):
                     return
-                if found is None:
+                if found is None and frame.job in self.rosters.held:
+                    pass  # it is sent again once the site has surveyed
+                elif found is None:
                     LOG.warning("dropped a message of the unknown job %s", frame.job)
                 else:
                     found.tell(message)
@@ -195,6 +215,17 @@ class Site:
             raise MalformedMessage(
                 "job", found="an id that is no plain name", expected="one", fault="coordinator"
             ) from error
+        word = self.rosters.word_on(offer)
+        if word == APPROVED:
+            self._accept(offer)
+        else:
+            self.session.roster_seen(RosterSeen(self.context.rosters.current.number, word))
+            if word != WAITING:
+                away = job.SiteUnavailable(offer.job, self.context.id, ROSTER)
+                self.session.say(offer.job, away)
+
+    def _accept(self, offer: job.JobOffer) -> None:
+        """Keep a new job with the roster in force, and begin it."""
         journal = self.context.journal
         roster = self.context.rosters.current
         journal.put(offer.job, ROSTER_KEY, roster.to_bytes())
@@ -237,6 +268,7 @@ class Site:
         return {
             "site": self.context.id, "coordinator": link.coordinator, "connected_since": link.since,
             "last_error": link.last_error, "jobs": rows, "written": time.time(),
+            "roster": self.rosters.to_json(),
             "running": running, "process": os.getpid(), "policy_problem": self.policy_file.problem,
             "away": self.away_text, "control_problem": self.control.problem,
         }  # fmt: skip
@@ -289,7 +321,18 @@ class Site:
         """Read what the operator changes on the disk, and act on it."""
         while True:
             await self._obey()
+            self._follow_rosters()
             await asyncio.sleep(OPERATOR_SECONDS)
+
+    def _follow_rosters(self) -> None:
+        """Act on a roster that the operator approved or placed; retried where the disk refuses."""
+        try:
+            if self.rosters.refresh():
+                self.session.roster_seen(self.rosters.answer())
+                for offer in self.rosters.released():
+                    self._accept(offer)
+        except (StoreProblem, OSError) as error:
+            LOG.warning("roster: %s", error)
 
     async def _obey(self) -> None:
         policy, changed = self.context.policy, self.policy_file.refresh()
@@ -345,7 +388,7 @@ class Site:
 _REMEDIES = {
     "replaced": "another process runs as this site: one process to a site, so stop one of them",
     "version": "install the Fedcore of the coordinator here, or have it brought up to this one",
-    "roster": "both need the same roster.toml: compare this site's with the coordinator's",
+    "roster": "this site is not on the roster, or has another one: compare roster.toml with the coordinator's",
     "revoked": "ask the operator why; a new certificate has a new serial number",
     "evicted": "ask the operator why; `fed-coordinator evict SITE --undo` lets it in again",
 }
@@ -356,7 +399,7 @@ class Papers:
     """A site's identity, from its files."""
 
     kit: Kit
-    roster: Roster
+    roster: PinnedRoster
     identity: IdentityKey
 
 
@@ -370,7 +413,8 @@ def read_papers(config: SiteConfig) -> Papers:
             remedy="name this site in `site`, or its own kit in `kit`, of site.toml",
         )
     kit.check("site", datetime.now(UTC))
-    pins = read_roster(config.roster)
+    roster = approved_roster(config, kit)
+    pins = roster.sites
     if SiteId(config.site) not in pins:
         raise BadInput(
             f"roster: found {', '.join(pins)}, expected this site {config.site!r} among them",
@@ -382,7 +426,7 @@ def read_papers(config: SiteConfig) -> Papers:
             f"identity: found another key than roster.toml pins for {config.site!r}",
             remedy="the roster must hold the public half of this site's identity key",
         )
-    return Papers(kit, Roster(pins), identity)
+    return Papers(kit, roster, identity)
 
 
 def party_of(config: SiteConfig) -> str:
@@ -390,7 +434,7 @@ def party_of(config: SiteConfig) -> str:
     return f"site {config.site}"
 
 
-def hello_of(config: SiteConfig, roster: Roster, held: Sequence[Held] = ()) -> Hello:
+def hello_of(config: SiteConfig, roster: PinnedRoster, held: Sequence[Held] = ()) -> Hello:
     """The first message of a session."""
     tasks = tuple(Task(name, task.sha256) for name, task in config.tasks.items())
     return Hello(roster.digest, tasks, tuple(held[-64:]))
@@ -451,6 +495,9 @@ def policy_facts(config: SiteConfig) -> dict[str, Fact]:
 @contextlib.contextmanager
 def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
     """The site with its journal and ledger, open while inside. Raises StoreProblem."""
+    kit = papers.kit
+    rosters = RosterFile(papers.roster, config.roster, kit.authority_pem, kit.peer.federation)
+    rosters.known()
     with (
         Journal.open(config.folder / JOURNAL_FILE, party=party_of(config)) as journal,
         Ledger.open(config.folder, papers.identity) as ledger,
@@ -459,7 +506,7 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
         ) as audit,
     ):
         yield SiteContext(
-            papers.kit.peer.federation, SiteId(config.site), papers.identity, RosterFile(papers.roster), journal,
+            papers.kit.peer.federation, SiteId(config.site), papers.identity, rosters, journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
             policy_of(config, papers), ledger, audit,
             config.patience_seconds, config.keep_secrets_days * 86_400.0,

@@ -269,6 +269,45 @@ def veto(
     _told(config, as_json, read_control(folder), f"job {job} vetoed")
 
 
+roster_app = typer.Typer(help="Show the roster, or approve a new one.", invoke_without_command=True)
+app.add_typer(roster_app, name="roster")
+
+
+@roster_app.callback()
+def roster(asked: typer.Context, config: Config = _HERE, as_json: AsJson = False) -> None:
+    """Show the roster in force, and what changed in a new one that waits for approval."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.rosters import approved_roster, newest_roster, roster_json, roster_lines
+
+    from fedcore.identity.kit import Kit
+
+    if asked.invoked_subcommand is not None:
+        return
+    site = read_config(config)
+    kit = Kit.load(site.kit)
+    current = approved_roster(site, kit)
+    found = roster_json(current, newest_roster(site, kit, current))
+    _print(as_json, found, roster_lines(found))
+
+
+@roster_app.command("approve")
+def approve_number(
+    number: Annotated[int, typer.Argument(help="The number that `fed-site roster` shows.")],
+    config: Config = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Take part in jobs of the roster that waits. The running fed-site notices it."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.rosters import approve_roster
+
+    from fedcore.identity.kit import Kit
+
+    site = read_config(config)
+    found = approve_roster(site, Kit.load(site.kit), number)["waiting"]
+    lines = [f"roster {number} approved: {len(found['sites'])} sites", *found["changes"]]
+    _print(as_json, found, lines)
+
+
 @app.command()
 def ledger(config: Config = _HERE, as_json: AsJson = False) -> None:
     """List what was released of this site's rows. Each sum, when, for which job, with which sites."""

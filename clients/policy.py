@@ -49,6 +49,7 @@ class PolicySection(Section):
     hours, time_zone: when the site takes part in rounds (`hours.py`); None: always.
     jobs: "ask" waits for `fed-site approve`; "listed" runs the tasks of [tasks.NAME] within the limits;
     "any" runs these tasks without most_rounds, most_epochs and jobs_per_month. No task runs unlisted.
+    roster: "ask" takes jobs of a changed roster after `fed-site roster approve` only, "any" of every signed one.
     """
 
     protections: Annotated[tuple[Protections, ...], Field(min_length=1)] = ("layered",)
@@ -67,6 +68,7 @@ class PolicySection(Section):
     guard_loss_factor: float = Field(default=1.5, gt=1)
     guard_rounds: int = Field(default=2, ge=1)
     jobs: Literal["ask", "listed", "any"] = "listed"
+    roster: Literal["ask", "any"] = "ask"
     hours: str | None = None
     time_zone: str = "UTC"
 
@@ -284,6 +286,7 @@ _WIDER: dict[str, Callable[[Any, Any], Any]] = {
     "public_metrics": ne, "single_site_features": ne, "statistics": ne, "release": ne,
     "task_settings": ne,
     "guard_loss_factor": gt, "guard_rounds": gt, "jobs": lambda here, _: here == "any",
+    "roster": ne,
 }  # fmt: skip
 """{key: whether a value allows more than the default}. Of `minimum_sites` and `ciphers` the default is as wide as
 it can be; `least_threshold` is compared with the default for the roster."""

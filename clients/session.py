@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, assert_never
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -52,6 +52,11 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),  # a connection of its own for every site of a process
 )
+
+ForJobs = (
+    frames.Record | frames.SmallDownload | frames.Waiting | frames.Roster | frames.JobRoster
+)  # fmt: skip
+"""The frames that the session passes on."""
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -95,14 +100,14 @@ class Offline(Exception):
 
 
 class Session:
-    """Runs until cancelled. on_frame: Record, SmallDownload, Waiting; on_connected: after a Welcome."""
+    """Runs until cancelled. on_frame: of `ForJobs`; on_connected: after a Welcome."""
 
     def __init__(
         self,
         kit: Kit,
         config: SiteConfig,
         hello: Callable[[], frames.Hello],
-        on_frame: Callable[[frames.Record | frames.SmallDownload | frames.Waiting], None],
+        on_frame: Callable[[ForJobs], None],
         on_connected: Callable[[], None],
     ) -> None:
         self._kit, self._config, self._hello = kit, config, hello
@@ -240,12 +245,10 @@ class Session:
             case frames.Goodbye():
                 self._goodbye(frame)
                 return True
-            case frames.Record() | frames.SmallDownload() | frames.Waiting():
-                self._on_frame(frame)
             case frames.Welcome():
                 pass
             case _:
-                assert_never(frame)
+                self._on_frame(frame)
         return False
 
     def _lost(self) -> None:
@@ -284,6 +287,10 @@ class Session:
             return False
         self._out.put_nowait(calls.SESSION.takes.pack(frame))
         return True
+
+    def roster_seen(self, seen: frames.RosterSeen) -> None:
+        """Send what this site made of a roster, if there is a session."""
+        self._put(seen)
 
     def say(self, job: str, message: ToCoordinator) -> None:
         """Send a record, if there is a session; the coordinator asks again for a lost one."""

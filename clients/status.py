@@ -12,6 +12,7 @@ from fedcore_clients.app import RECIPE_FILE, STATUS_FILE, job_folder, require_jo
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.control import veto
 from fedcore_clients.offers import approve_offer
+from fedcore_clients.rosters import roster_lines
 from fedcore_clients.state_files import StateFiles
 
 from fedcore.cli.console import ago, waiting_text
@@ -124,6 +125,7 @@ def status_lines(status: Json) -> Iterator[str]:
         yield f"policy: {status['policy_problem']}"
     if status["last_error"]:
         yield f"last error: {status['last_error']}"
+    yield from roster_lines(status["roster"])
     if not status["jobs"]:
         yield "no jobs yet"
     for job in status["jobs"]:

@@ -66,9 +66,14 @@ class Coordinator:
 
     def adopt(self, found: JobRunner) -> None:
         """Add a job at the end of the queue."""
-        found.on_change, found.on_pinned = self.changed, self._show_sites
+        found.on_change, found.on_begin = self.changed, self._begins
         self._show_sites(found)
         self.jobs[found.id] = found
+
+    def _begins(self, found: JobRunner) -> None:
+        """Show a job that begins the sites that were sent away, and its sites which roster it has."""
+        self._show_sites(found)
+        self.sessions.broadcast(found.job_roster, found.roster.sites)
 
     def _show_sites(self, found: JobRunner) -> None:
         """Show a job the sites that were sent away."""
@@ -97,7 +102,10 @@ class Coordinator:
         return next((j for j in self.jobs.values() if j.facts.outcome is None), None)
 
     def knows_roster(self, digest: str) -> bool:
-        """Whether a site may connect with this digest: of the newest roster, or of a job that is not over."""
+        """Whether a site may connect with this digest: of the newest roster, or of a job that is not over. A site that
+        has another one is sent the newest, if that is signed."""
+        if self.context.rosters.current.document:
+            return True
         running = (job.roster.digest for job in self.jobs.values() if job.facts.outcome is None)
         return digest in {self.context.rosters.current.digest, *running}
 
@@ -154,6 +162,11 @@ class Coordinator:
         self.sessions.note("roster", number=now.number, roster=now.digest, changes=changes)
         for line in changes:
             LOG.info("roster %s: %s", now.number or "(not numbered)", line)
+        self.context.audit.record(
+            "roster", number=now.number, digest=now.digest, sites=[*now.sites]
+        )
+        if now.document:
+            self.sessions.broadcast(frames.Roster(now.document), now.sites)
         self.changed()
 
     def withdraw(self) -> None:
@@ -284,6 +297,7 @@ class Coordinator:
                 last_seen=session.last_seen if session else (view.last_seen if found else None),
                 doing=view.doing if session else "",
                 unable=view.unable or self.sessions.away.get(name, ""),
+                roster=session.roster if session else "",
             ).to_json()  # fmt: skip
         return out
 

@@ -45,6 +45,7 @@ from fedcore.secagg.scheme import layout_of, vector_sizes
 from fedcore.store import container
 from fedcore.store.spool import Stored
 from fedcore.types import SiteId
+from fedcore.wire.frames import JobRoster
 
 LOG = logging.getLogger("fedcore.coordinator.job")
 _BEGAN = "began"
@@ -118,8 +119,8 @@ class JobRunner:
         """Folder of the job's files for people."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.on_change: Callable[[], None] = lambda: None
-        self.on_pinned: Callable[[JobRunner], None] = lambda _: None
-        """Called when the job got another roster, before it begins."""
+        self.on_begin: Callable[[JobRunner], None] = lambda _: None
+        """Called before sites are offered the job; its roster is fixed then."""
         self.mailbox = Mailbox[events.Event | _Fault](events.TimePassed())
         self._stop: events.StopRequested | None = None
         """An operator's request; it counts while the disk refuses, too."""
@@ -136,6 +137,11 @@ class JobRunner:
         self._sum = JobSum(context.pool, self.disk, context.retry_seconds)
         self._plan = JobPlan(self.offer, roster.sites)
 
+    @property
+    def job_roster(self) -> JobRoster:
+        """For the job's sites, before the offer."""
+        return JobRoster(self.id, self.roster.number, self.roster.digest)
+
     def _begin(self) -> None:
         """A job that waited in the queue begins with the newest roster, for sites take no older one; from then on it
         keeps it. Raises what the disk refuses."""
@@ -145,7 +151,6 @@ class JobRunner:
         if (newest.number, newest.digest) != (self.roster.number, self.roster.digest):
             LOG.info("job %s: begins with the roster that is the newest by now", self.id)
             self._pin(newest)
-            self.on_pinned(self)
         self.disk.put({ROSTER_KEY: self.roster.to_bytes(), _BEGAN: b"1"})
 
     @classmethod
@@ -249,6 +254,7 @@ class JobRunner:
         if self.facts.outcome is not None:  # its end was on disk already
             return
         self._begin()
+        self.on_begin(self)
         try:
             await self.handle(events.Resumed())
             if not self.facts.threshold and self.facts.outcome is None:

@@ -269,7 +269,8 @@ def site_text(site: JobSite, now: float) -> str:
     if site.unable:
         return f"takes no part: {site.unable}"
     if site.connected:
-        return site.doing or "connected"
+        doing = site.doing or "connected"
+        return f"{doing}; roster {site.roster}" if site.roster else doing
     seen = site.last_seen
     return "away" if not seen else f"away, last seen {ago(now - seen)} ago"
 
@@ -286,12 +287,16 @@ def event_lines(event: JobEvent, before: JobEvent | None) -> Iterator[str]:
     old = before.sites if before is not None else {}
     for name, site in event.sites.items():
         was = old.get(name)
-        if was is None or (was.connected, was.unable) != (site.connected, site.unable):
+        if was is None or _shown(was) != _shown(site):
             yield f"{name}: {site_text(replace(site, doing=''), now)}"
     if event.waiting and (before is None or _awaited(before) != _awaited(event)):
         yield waiting_text(event.waiting.to_json(), now)
     if before is None or event.state != before.state:
         yield head_text(event)
+
+
+def _shown(site: JobSite) -> tuple[bool, str, str]:
+    return site.connected, site.unable, site.roster
 
 
 def _awaited(event: JobEvent) -> list[str]:

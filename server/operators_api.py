@@ -48,6 +48,7 @@ class OperatorsApi:
     async def submit(self, peer: Peer, asked: frames.SubmitRequest) -> frames.SubmitReply:
         """Queue a job. Raises BadInput, and PlanRefused beyond the quota."""
         hub, context = self._hub, self._hub.context
+        hub.refresh_roster()
         about = frames.json_value(asked.about, sender=peer.name)
         settings = about.get("settings")
         if not isinstance(settings, dict):

@@ -61,6 +61,8 @@ class SiteSession:
     over: bool = False
     begun: bool = False
     waiting: int = 0
+    roster: str = ""
+    """What the site made of the newest roster, in words; empty where it took it."""
 
     def put(self, frame: frames.ToSite) -> None:
         """Queue a frame; a full queue ends the session."""

@@ -196,8 +196,11 @@ class SiteApi:
         self._sessions.begin(name, session)
         LOG.info("site %s: connected (%s)", name, frame.software)
         self._hub.returned(name)
-        found = self._hub.running()
-        if found is not None:
+        newest, found = self._hub.context.rosters.current, self._hub.running()
+        if newest.document:
+            session.put(frames.Roster(newest.document))
+        if found is not None and name in found.facts.sites:
+            session.put(found.job_roster)
             found.put(SiteConnected(name))
         for ended in self._hub.jobs.values():  # a site that was not connected at the end
             if ended.facts.outcome is not None and any(h.job == ended.id for h in frame.held):
@@ -235,8 +238,19 @@ class SiteApi:
                 )
             case frames.Pong():
                 pass
+            case frames.RosterSeen(number, word):
+                self._roster_seen(name, session, number, word)
             case _:
                 assert_never(frame)
+
+    def _roster_seen(self, name: SiteId, session: SiteSession, number: int, word: str) -> None:
+        """Show operators what a site made of a roster; a refusal is logged and audited."""
+        session.roster = "" if word == "approved" else frames.ROSTER_WORDS[word]
+        if session.roster:
+            LOG.warning("site %s: roster %s (it has number %d)", name, session.roster, number)
+        if word not in frames.ROSTER_TAKEN:
+            self._hub.context.audit.record("refused", site=name, what="roster", why=word)
+        self._hub.changed()
 
 
 async def room(found: JobRunner) -> None:

@@ -98,6 +98,11 @@ class RosterFile(Collection[SiteId]):
         self._path, self._authority, self._federation = path, authority_pem, federation
         self._stamp: tuple[int, ...] = ()
 
+    def known(self) -> None:
+        """The file as it is now is no change: `current` was chosen with it in mind."""
+        if self._path is not None:
+            self._stamp = stamp_of(self._path)
+
     def refresh(self) -> bool:
         """Reload the file if it changed; True if the roster is another one now. Costs one stat.
 

@@ -36,7 +36,7 @@ class JobWait(JsonRecord):
 @dataclass(frozen=True, kw_only=True)
 class JobSite(JsonRecord):
     """One site in the lists of `jobs` and `watch`. since, last_seen: seconds since 1970; unable: why it takes no
-    part in the job, empty where it does."""
+    part in the job, empty where it does; roster: what the site made of the newest one, empty where it took it."""
 
     connected: bool = False
     evicted: bool = False
@@ -44,6 +44,7 @@ class JobSite(JsonRecord):
     last_seen: float | None = None
     doing: str = ""
     unable: str = ""
+    roster: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from fedcore.types import Json
 from fedcore.wire import limits
 from fedcore.wire._generated import federation_pb2
 from fedcore.wire.codec import WIRE_VERSION, Codec, Form
-from fedcore.wire.limits import INLINE, KIB, MAX_JSON, MAX_RECORD, MAX_TOML, PART, SMALL
+from fedcore.wire.limits import INLINE, KIB, MAX_JSON, MAX_RECORD, MAX_ROSTER, MAX_TOML, PART, SMALL
 
 DOING = (
     "idle", "loading", "training", "evaluating", "protecting", "uploading", "downloading", "opening",
@@ -43,6 +43,20 @@ GOODBYES = {
 
 AWAY = ("paused", "left", "hours")
 """Of these, those by which a site is away because its operator says so."""
+
+ROSTER_WORDS = {
+    "approved": "approved",
+    "waiting": "waits for its operator's approval",
+    "signature": "refused: not signed by the federation's authority",
+    "older": "refused: older than one that the site has seen",
+    "differs": "refused: other sites than in the roster of this number that the site has seen",
+    "malformed": "refused: it cannot be read",
+    "unknown": "refused: a job of a roster that the site was not given",
+}
+"""{what a site makes of a roster: in words for operators}."""
+
+ROSTER_TAKEN = ("approved", "waiting")
+"""Those of `ROSTER_WORDS` that are no refusal."""
 
 WHAT = ("sum", "checkpoint")
 """What a site may download."""
@@ -144,6 +158,30 @@ class Waiting:
     then: Annotated[int, limits.within(0, 1 << 20)] = 0
     least: Annotated[int, limits.within(0, 1 << 20)] = 0
     in_round: bool = False
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The newest roster, as the authority signed it: the bytes of roster.toml (`identity/signed_roster.py`)."""
+
+    document: Annotated[bytes, limits.length(1, MAX_ROSTER)] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class JobRoster:
+    """The roster of a job that is about to be offered: number (0: not numbered) and `roster_digest`."""
+
+    job: limits.Id
+    number: limits.Number
+    digest: limits.Hex
+
+
+@dataclass(frozen=True)
+class RosterSeen:
+    """What a site made of a roster. number: of the newest that it approved; word: one of `ROSTER_WORDS`."""
+
+    number: limits.Number
+    word: Annotated[str, limits.one_of(ROSTER_WORDS)]
 
 
 @dataclass(frozen=True)
@@ -334,15 +372,17 @@ def _no_such_number(name: str) -> None:
 
 F = TypeVar("F")
 
-FromSite = Hello | Record | Doing | Pong | SmallUpload | Goodbye
-ToSite = Welcome | Record | Ping | UploadReceipt | SmallDownload | Goodbye | Waiting
+FromSite = Hello | Record | Doing | Pong | SmallUpload | Goodbye | RosterSeen
+ToSite = (
+    Welcome | Record | Ping | UploadReceipt | SmallDownload | Goodbye | Waiting | Roster | JobRoster
+)  # fmt: skip
 UploadPart = UploadStart | Part
 DownloadPart = DownloadHead | Part
 
 
 _MOST: dict[type[object], int] = {
     Record: MAX_RECORD + KIB, Part: PART, FilePart: PART + KIB, JobsReply: MAX_JSON + KIB,
-    WatchEvent: MAX_JSON + KIB, SubmitRequest: MAX_TOML + MAX_JSON + KIB,
+    WatchEvent: MAX_JSON + KIB, Roster: MAX_ROSTER + KIB, SubmitRequest: MAX_TOML + MAX_JSON + KIB,
 }  # fmt: skip
 """{frame: bytes of its largest form}; SMALL for all others."""
 
@@ -363,9 +403,20 @@ def alone(frame: type[F]) -> Codec[F]:
     return Codec(frame.__name__, _form(frame))
 
 
-FROM_SITE: Codec[FromSite] = _oneof("FromSite", Hello, Record, Doing, Pong, SmallUpload, Goodbye)
+FROM_SITE: Codec[FromSite] = _oneof(
+    "FromSite", Hello, Record, Doing, Pong, SmallUpload, Goodbye, RosterSeen
+)
 TO_SITE: Codec[ToSite] = _oneof(
-    "ToSite", Welcome, Record, Ping, UploadReceipt, SmallDownload, Goodbye, Waiting
+    "ToSite",
+    Welcome,
+    Record,
+    Ping,
+    UploadReceipt,
+    SmallDownload,
+    Goodbye,
+    Waiting,
+    Roster,
+    JobRoster,
 )
 UPLOAD: Codec[UploadPart] = _oneof("UploadPart", UploadStart, Part)
 DOWNLOAD: Codec[DownloadPart] = _oneof("DownloadPart", DownloadHead, Part)

@@ -39,6 +39,9 @@ SMALL = INLINE + 4 * KIB
 
 MAX_JSON, MAX_TOML = MIB, 256 * KIB
 
+MAX_ROSTER = MIB
+"""Bytes of a signed roster; a site has about 150."""
+
 MAX_SIZE = 1 << 40
 """Bytes of a vector: above any model, and far below 2^64."""
 

@@ -7,23 +7,25 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FromSite(_message.Message):
-    __slots__ = ("hello", "record", "doing", "pong", "upload", "goodbye")
+    __slots__ = ("hello", "record", "doing", "pong", "upload", "goodbye", "roster")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     DOING_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     record: Record
     doing: Doing
     pong: Pong
     upload: SmallUpload
     goodbye: Goodbye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., doing: _Optional[_Union[Doing, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., upload: _Optional[_Union[SmallUpload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    roster: RosterSeen
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., doing: _Optional[_Union[Doing, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., upload: _Optional[_Union[SmallUpload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., roster: _Optional[_Union[RosterSeen, _Mapping]] = ...) -> None: ...
 
 class ToSite(_message.Message):
-    __slots__ = ("welcome", "record", "ping", "receipt", "download", "goodbye", "waiting")
+    __slots__ = ("welcome", "record", "ping", "receipt", "download", "goodbye", "waiting", "roster", "job_roster")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +33,8 @@ class ToSite(_message.Message):
     DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    JOB_ROSTER_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     record: Record
     ping: Ping
@@ -38,7 +42,9 @@ class ToSite(_message.Message):
     download: SmallDownload
     goodbye: Goodbye
     waiting: Waiting
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., receipt: _Optional[_Union[UploadReceipt, _Mapping]] = ..., download: _Optional[_Union[SmallDownload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
+    roster: Roster
+    job_roster: JobRoster
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., receipt: _Optional[_Union[UploadReceipt, _Mapping]] = ..., download: _Optional[_Union[SmallDownload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., job_roster: _Optional[_Union[JobRoster, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "software", "pins", "tasks", "held")
@@ -103,6 +109,30 @@ class Doing(_message.Message):
     what: str
     percent: int
     def __init__(self, job: _Optional[str] = ..., what: _Optional[str] = ..., percent: _Optional[int] = ...) -> None: ...
+
+class Roster(_message.Message):
+    __slots__ = ("document",)
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    document: bytes
+    def __init__(self, document: _Optional[bytes] = ...) -> None: ...
+
+class JobRoster(_message.Message):
+    __slots__ = ("job", "number", "digest")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    number: int
+    digest: str
+    def __init__(self, job: _Optional[str] = ..., number: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class RosterSeen(_message.Message):
+    __slots__ = ("number", "word")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    WORD_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    word: str
+    def __init__(self, number: _Optional[int] = ..., word: _Optional[str] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ("number",)

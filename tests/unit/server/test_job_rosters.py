@@ -304,6 +304,7 @@ def test_a_restarted_coordinator_knows_that_a_site_was_removed(town):
 def begun(job):
     """The job left the queue."""
     job._begin()
+    job.on_begin(job)
     return job
 
 

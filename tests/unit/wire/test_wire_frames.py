@@ -19,7 +19,7 @@ from fedcore.wire import calls, frames
 from fedcore.wire._generated import federation_pb2 as pb
 from fedcore.wire.codec import WIRE_VERSION, Form
 from fedcore.wire.frames import FROM_SITE, TO_SITE, UPLOAD, alone
-from fedcore.wire.limits import INLINE, MAX_RECORD, PART, SMALL
+from fedcore.wire.limits import INLINE, MAX_RECORD, MAX_ROSTER, PART, SMALL
 
 ROOT = Path(__file__).resolve().parents[3]
 CALLS = [each for each in vars(calls).values() if isinstance(each, calls.Call)]
@@ -36,7 +36,10 @@ TEXTS = {
     "a b": st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), max_size=64),
     "m.html": st.from_regex(r"[a-z][a-z.]{0,20}", fullmatch=True),
     "": st.just(""),
-} | {word: st.just(word) for word in (*frames.DOING, *frames.GOODBYES, *frames.WHAT)}
+} | {
+    word: st.just(word)
+    for word in (*frames.DOING, *frames.GOODBYES, *frames.WHAT, *frames.ROSTER_WORDS)
+}
 NUMBERS = (0, 1, WIRE_VERSION, 50, 100, 127, 128, 1 << 20, 1 << 40, (1 << 53) - 1)
 LENGTHS = (0, 1, 2, 32, 127, 128, 1000)
 
@@ -250,12 +253,13 @@ HELLO = frames.Hello(HEX, (TASK,), (HELD,))
 GOOD = {
     frames.FROM_SITE: [
         HELLO, frames.Record("job", b"x"), DOING, frames.Pong(1), frames.Goodbye("stopping"),
-        frames.SmallUpload(START, b"x"),
+        frames.SmallUpload(START, b"x"), frames.RosterSeen(2, "approved"),
     ],
     frames.TO_SITE: [
         frames.Welcome("hospitals", 1_700_000_000_000), frames.UploadReceipt(H, 0),
         frames.SmallDownload(WANT, b"x"),
         frames.Waiting("job", (frames.Awaited("va"),), 4, 7, 3, 3, in_round=True),
+        frames.Roster(b"x"), frames.JobRoster("job", 2, HEX),
     ],
     frames.UPLOAD: [START, frames.Part(b"x")],
     alone(frames.DownloadStart): [WANT],
@@ -295,6 +299,10 @@ BEYOND = [
     ("UploadReceipt", {"digest": b""}),
     ("SmallDownload", {"data": b""}),
     ("Waiting", {"sites": (frames.Awaited("va"),) * 65}),
+    ("Roster", {"document": b""}),
+    ("Roster", {"document": b"x" * (MAX_ROSTER + 1)}),
+    ("JobRoster", {"digest": "0f"}),
+    ("RosterSeen", {"word": "fine"}),
     ("UploadStart", {"header": b"h" * 33}),
     ("UploadStart", {"size": 0}),
     ("UploadStart", {"size": (1 << 40) + 1}),
