@@ -28,7 +28,14 @@ from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.offers import APPROVALS, offer_digest
 from fedcore_clients.policy import SITE_FILE, SitePolicy
 from fedcore_clients.policy_file import PolicyFile
-from fedcore_clients.rosters import APPROVED, WAITING, SiteRosters, approved_roster
+from fedcore_clients.rosters import (
+    APPROVED,
+    APPROVED_FILE,
+    NEWEST_FILE,
+    WAITING,
+    SiteRosters,
+    approved_roster,
+)  # fmt: skip
 from fedcore_clients.sandbox import choose, logged
 from fedcore_clients.session import ForJobs, Session
 from fedcore_clients.trainer import Loaded, Training
@@ -75,7 +82,7 @@ STATUS_FILE, RECIPE_FILE, JOURNAL_FILE = "status.json", "job.json", "journal.sql
 
 OWN_FILES = (
     "journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FILE, STATUS_FILE, AUDIT_FILES,
-    CONTROL_FILE, LOCK_FILE,
+    CONTROL_FILE, LOCK_FILE, NEWEST_FILE, APPROVED_FILE,
 )  # fmt: skip
 """What this process keeps in its folder, for its user alone."""
 

@@ -125,7 +125,8 @@ def status_lines(status: Json) -> Iterator[str]:
         yield f"policy: {status['policy_problem']}"
     if status["last_error"]:
         yield f"last error: {status['last_error']}"
-    yield from roster_lines(status["roster"])
+    if "roster" in status:  # an older process wrote none
+        yield from roster_lines(status["roster"])
     if not status["jobs"]:
         yield "no jobs yet"
     for job in status["jobs"]:
