@@ -21,7 +21,7 @@ from fedcore_clients.audited import events_of, vector_event
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.job_policy import JobPolicy
 from fedcore_clients.job_work import JobWork, guard_rules
-from fedcore_clients.ledger import Exposure
+from fedcore_clients.ledger import Exposure, JobLedger
 from fedcore_clients.offers import PlanMaker
 from fedcore_clients.session import Session
 from fedcore_clients.trainer import TrainingFailed
@@ -88,7 +88,8 @@ class JobRunner:
         public = context.identity.public
         policy = JobPolicy(context.policy, self.roster.sites, context.id, public)
         params = participation.JobParams(
-            context.federation, context.id, context.identity, self.roster.sites, policy, context.ledger,
+            context.federation, context.id, context.identity, self.roster.sites, policy,
+            JobLedger(context.ledger, self.roster.sites),
             PlanMaker(tuple(self.roster.sites)), OsEntropy(), context.policy.rules.minimum_sites, context.stage_seconds,
             context.keep_keys,
         )  # fmt: skip
@@ -304,7 +305,9 @@ class JobRunner:
                 if first:
                     about = place(header) | {"survivors": survivors}
                     context.audit.record("exposed", job=self.id, **about)
-                context.ledger.exposed(Exposure.of(header, survivors, rows=rows, columns=names))
+                pins = self.roster.sites
+                entry = Exposure.of(header, survivors, rows=rows, columns=names, pins=pins)
+                context.ledger.exposed(entry)
                 if first:
                     context.audit.sync()
             case effects.EnterRelease(certificate):

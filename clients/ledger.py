@@ -19,7 +19,7 @@ import hmac
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -42,6 +42,7 @@ class Exposure:
     header: digest of the round's header, hex; one round has one entry. rows: digest of the rows; columns:
     those of the statistics, if it is statistics. cohort: the sites invited; survivors: those in the sum,
     empty while unknown. at: seconds since 1970. certificate: hash of its release; empty: exposed without.
+    keys: public identity keys of the cohort by the job's roster, hex; empty in entries of an earlier version.
     """
 
     header: str
@@ -56,17 +57,38 @@ class Exposure:
     columns: tuple[str, ...]
     at: float
     certificate: str = ""
+    keys: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, header: RoundHeader, survivors: Iterable[SiteId], *, rows: str, columns: Iterable[str]
+        cls,
+        header: RoundHeader,
+        survivors: Iterable[SiteId],
+        *,
+        rows: str,
+        columns: Iterable[str],
+        pins: Mapping[SiteId, bytes],
     ) -> Exposure:
-        """The exposure of a round, now."""
+        """The exposure of a round, now. pins: the job's roster."""
         named = tuple(columns) if of_columns(header.purpose) else ()
         return cls(
             header.digest.hex(), rows, header.purpose, header.job, header.plan_digest, header.round,
             header.training_round, tuple(header.roster), tuple(survivors), named, time.time(),
+            keys=tuple(pins[name].hex() for name in header.roster),
         )  # fmt: skip
+
+    @property
+    def contributors(self) -> tuple[SiteId, ...]:
+        """The sites in the sum, sorted; where they are not known the cohort stands for them."""
+        return tuple(sorted(self.survivors or self.cohort))
+
+    def pinned_by(self, pins: Mapping[SiteId, bytes]) -> bool:
+        """Whether each site in the sum has the identity key by another roster that it had by this one."""
+        keys = dict(zip(self.cohort, self.keys, strict=False))
+        return all(
+            name not in keys or (name in pins and pins[name].hex() == keys[name])
+            for name in self.contributors
+        )
 
     def to_json(self) -> Json:
         """For `--json`, and for its line."""
@@ -184,22 +206,52 @@ class Ledger:
         return {job for job, at in list(self._jobs.get(rows, {}).items()) if at > since}
 
     def statistics_only_with(
-        self, rows: str, columns: Iterable[str], besides: str = ""
+        self,
+        rows: str,
+        columns: Iterable[str],
+        besides: str = "",
+        pins: Mapping[SiteId, bytes] | None = None,
     ) -> tuple[SiteId, ...] | None:
         """The sites with which statistics of any of these columns over these rows may be given again.
 
-        None: any, for none was given. An empty tuple: none, for two different sets have had them.
-        besides: header of the round at hand. Where the survivors are not known the cohort stands for them.
+        None: any, for none was given. An empty tuple: none, for two different sets have had them, or one of these
+        sites has another identity key by the roster at hand: under its name somebody else may contribute, and the
+        difference of the sums would be what the site gave. besides: header of the round at hand. pins: the roster of
+        its job, None where keys do not count.
         """
         wanted = set(columns)
-        found = {
-            tuple(sorted(each.survivors or each.cohort))
+        given = [
+            each
             for each in tuple(self._statistics.get(rows, {}).values())  # another thread may add one
             if each.header != besides and wanted & set(each.columns)
-        }  # fmt: skip
-        if not found:
+        ]
+        if not given:
             return None
-        return found.pop() if len(found) == 1 else ()
+        found = {each.contributors for each in given}
+        same = pins is None or all(each.pinned_by(pins) for each in given)
+        return found.pop() if len(found) == 1 and same else ()
+
+
+@dataclass(frozen=True)
+class JobLedger:
+    """The ledger as it is for a job of this roster: see `participation.Exposures`."""
+
+    ledger: Ledger
+    pins: Mapping[SiteId, bytes]
+
+    def has(self, header: str) -> bool:
+        return self.ledger.has(header)
+
+    def rows_key(self, digest: str) -> str:
+        return self.ledger.rows_key(digest)
+
+    def jobs_over(self, rows: str) -> Collection[str]:
+        return self.ledger.jobs_over(rows)
+
+    def statistics_only_with(
+        self, rows: str, columns: Collection[str], besides: str = ""
+    ) -> tuple[SiteId, ...] | None:
+        return self.ledger.statistics_only_with(rows, columns, besides, self.pins)
 
 
 def _parsed(path: Path, data: bytes) -> tuple[dict[str, Exposure], int]:

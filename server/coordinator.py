@@ -104,6 +104,8 @@ class Coordinator:
     def knows_roster(self, digest: str) -> bool:
         """Whether a site may connect with this digest: of the newest roster, or of a job that is not over. A site that
         has another one is sent the newest, if that is signed."""
+        if digest != self.context.rosters.current.digest:
+            self.refresh_roster()  # the site may have the roster that was written just now
         if self.context.rosters.current.document:
             return True
         running = (job.roster.digest for job in self.jobs.values() if job.facts.outcome is None)
