@@ -288,5 +288,5 @@ def test_what_the_ledger_keeps_is_keyed_by_the_identity(tmp_path):
 
 def test_json_is_what_the_command_prints():
     assert json.loads(json.dumps(entry().to_json())) == replace(entry()).to_json() | {
-        "cohort": ["a", "b", "c", "d"], "survivors": ["a", "b", "c"], "columns": [],
+        "cohort": ["a", "b", "c", "d"], "survivors": ["a", "b", "c"], "columns": [], "keys": [],
     }  # fmt: skip
