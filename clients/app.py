@@ -24,6 +24,7 @@ from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.hours import when
 from fedcore_clients.job_policy import ROSTER
 from fedcore_clients.job_runner import JobRunner
+from fedcore_clients.leaving import JobGate
 from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.offers import APPROVALS, offer_digest
 from fedcore_clients.policy import SITE_FILE, SitePolicy
@@ -141,7 +142,9 @@ class Site:
         self.control = ControlFile(context.folder)
         self.away_text = ""
         """Why this site takes part in nothing now, for its operator."""
-        self.session = Session(kit, config, self._hello, self._on_frame, self._on_connected)
+        self.session = Session(
+            kit, config, self._hello, self._on_frame, self._on_connected, JobGate(self.jobs)
+        )
 
     def restore(self) -> None:
         """The jobs of the journal."""
@@ -151,7 +154,7 @@ class Site:
 
     def _begin(self, found: JobRunner) -> None:
         self.jobs[found.id] = found
-        write_recipe(self.context.folder, found.offer)
+        write_recipe(self.context.folder, found.offer, tuple(found.roster.sites))
         if found.job.ended is None or found.job.holds_keys:
             self._running[found.id] = asyncio.get_running_loop().create_task(found.run())
 
@@ -460,8 +463,8 @@ def require_job(name: str, known: Collection[str], remedy: str) -> None:
         raise UnknownName("job", name, known)
 
 
-def write_recipe(folder: Path, offer: job.JobOffer) -> None:
-    """Write what `fed-site model` needs beside the state: it cannot open the running process's journal."""
+def write_recipe(folder: Path, offer: job.JobOffer, sites: Sequence[SiteId]) -> None:
+    """Write what `fed-site model` and `explain` need: they cannot open the running process's journal."""
     path = job_folder(folder, offer.job) / RECIPE_FILE
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -469,7 +472,7 @@ def write_recipe(folder: Path, offer: job.JobOffer) -> None:
             path,
             {
                 "job": offer.job, "task": offer.task, "task_sha256": offer.task_digest,
-                "settings": json.loads(offer.settings),
+                "settings": json.loads(offer.settings), "sites": sites,
             },
         )  # fmt: skip
 

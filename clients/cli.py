@@ -197,6 +197,23 @@ def list_jobs(config: Config = _HERE, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def explain(
+    what: Annotated[
+        str, typer.Argument(help="A job's id, a job file, or a plan.json.", metavar="JOB|PLAN")
+    ],
+    config: Config = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """List everything that a job would send. Each field, its type, bytes, range, and who can read it."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.explain import explain as explain_job
+    from fedcore_clients.explain import explained_lines
+
+    found = explain_job(read_config(config), what)
+    _print(as_json, found.to_json(), explained_lines(found))
+
+
+@app.command()
 def approve(
     job: Annotated[str, typer.Argument(help="The job's id, as `fed-site jobs` prints it.")],
     config: Config = _HERE,

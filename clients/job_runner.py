@@ -21,13 +21,14 @@ from fedcore_clients.audited import events_of, vector_event
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.job_policy import JobPolicy
 from fedcore_clients.job_work import JobWork, guard_rules
+from fedcore_clients.leaving import Leaving
 from fedcore_clients.ledger import Exposure, JobLedger
 from fedcore_clients.offers import PlanMaker
 from fedcore_clients.session import Session
 from fedcore_clients.trainer import TrainingFailed
 
 from fedcore.audit.rounds import place
-from fedcore.errors import FedcoreError, StoreProblem
+from fedcore.errors import FedcoreError, PolicyRefused, StoreProblem
 from fedcore.identity.roster import ROSTER_KEY, Roster
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.state import JobState
@@ -84,6 +85,7 @@ class JobRunner:
         self.work = JobWork(context, link, contributor, offer, tuple(self.roster.sites))
         self._making: asyncio.Task[Event | None] | None = None
         self._uploading: tuple[bytes, asyncio.Task[Event | None]] | None = None
+        self._leaving: Leaving | None = None
         self._tracking: list[asyncio.Task[Event | None]] = []
         public = context.identity.public
         policy = JobPolicy(context.policy, self.roster.sites, context.id, public)
@@ -183,6 +185,15 @@ class JobRunner:
         self.work.guard.rules = guard_rules(rules)
         self.mailbox.put(events.PolicyChanged(rules.minimum_sites))
 
+    @property
+    def leaving(self) -> Leaving:
+        """What may leave this site for the job now."""
+        plan, may, kept = self.job.plan, self.context.policy.rules.fields, self._leaving
+        if kept is None or kept.plan is not plan or kept.may is not may:
+            features = self.job.parts.agreed.features if self.job.parts is not None else 0
+            kept = self._leaving = Leaving(plan, features, len(self.roster.sites), may)
+        return kept
+
     def connected(self) -> None:
         """There is a new session."""
         self.work.online.set()
@@ -258,11 +269,12 @@ class JobRunner:
     def _failed(self, header: bytes, error: Exception) -> Event:
         if isinstance(error, StoreProblem | OSError):
             return DiskRefused(error)
+        word = error.word if isinstance(error, PolicyRefused) else ""
         problem = participation.problem_of(error)
         if not isinstance(error, FedcoreError | TrainingFailed):
             LOG.error("job %s: a fault of this side", self.id, exc_info=error)
             problem = f"job {self.id}: {type(error).__name__}"
-        return events.WorkFailed(header, error, problem=problem)
+        return events.WorkFailed(header, error, word=word, problem=problem)
 
     def _at_once(self, event: events.SiteEvent) -> None:
         """Step the job past the queue, with an event that leads to effects without waiting only."""

@@ -8,7 +8,7 @@ runs (`policy_file.py`): each check is by those in force now.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
@@ -26,6 +26,7 @@ from fedcore.secagg.plan import RoundPlan, TrainPlan, default_threshold
 from fedcore.secagg.protections import MAX_MASKED_SITES, Protection
 from fedcore.secagg.protocol.job.site.participation import Release, RowsInSum
 from fedcore.secagg.protocol.job_messages import JobOffer
+from fedcore.secagg.purposes import PURPOSES
 
 SITE_FILE = "site.toml"
 POLICY, NOT_ALLOWED, OTHER_TASK = "policy", "task not allowed", "task differs"
@@ -46,6 +47,7 @@ class PolicySection(Section):
     over all sites. release: who may get the last model. task_settings: whether a job may set what a task
     declares as its settings; else these have the defaults that are in its hashed code. guard_*: when this
     site leaves a job whose model gets worse on its own rows (PROTOCOL G).
+    fields: the vectors that may leave, by purpose; None: all that a job's plan has (`fed-site explain`).
     hours, time_zone: when the site takes part in rounds (`hours.py`); None: always.
     jobs: "ask" waits for `fed-site approve`; "listed" runs the tasks of [tasks.NAME] within the limits;
     "any" runs these tasks without most_rounds, most_epochs and jobs_per_month. No task runs unlisted.
@@ -69,8 +71,16 @@ class PolicySection(Section):
     guard_rounds: int = Field(default=2, ge=1)
     jobs: Literal["ask", "listed", "any"] = "listed"
     roster: Literal["ask", "any"] = "ask"
+    fields: tuple[str, ...] | None = None
     hours: str | None = None
     time_zone: str = "UTC"
+
+    @field_validator("fields")
+    @classmethod
+    def _are_purposes(cls, found: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if found is not None and not set(found) <= PURPOSES.keys():
+            raise ValueError(f"vectors of {', '.join(PURPOSES)}")
+        return found
 
     @field_validator("time_zone")
     @classmethod
@@ -163,7 +173,8 @@ class SitePolicy:
             asked = _Asked(terms, job.round.rounds, job.train, own)
         except Refused as refused:
             return PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy)
-        return self._refused(asked)
+        needed = [name for name, each in PURPOSES.items() if each.leaving(job, terms)]
+        return self._refused(asked) or self._on_fields(needed)
 
     def on_plan(self, plan: RoundPlan) -> PolicyRefused | None:
         """Why a plan is refused, whatever the job's settings were."""
@@ -178,6 +189,16 @@ class SitePolicy:
         if what == "metrics" and not self.rules.public_metrics:
             return self._refusal("track.public_metrics", True, False, "public_metrics")
         return None
+
+    def _on_fields(self, needed: Sequence[str]) -> PolicyRefused | None:
+        """Refuse a job with a vector that may not leave. needed: purposes of its vectors."""
+        may = self.rules.fields
+        missing = [name for name in needed if may is not None and name not in may]
+        if not missing or may is None:
+            return None
+        return self._refusal(
+            "vectors", " and ".join(missing), f"{' or '.join(may) or 'none'} only", "fields"
+        )
 
     def closed_until(self, now: datetime) -> datetime | None:
         """When the site takes part in rounds again; None within its hours."""
@@ -236,6 +257,10 @@ class SitePolicy:
 
         Tried with each protection and cipher that it allows, and otherwise with the least that a job can ask."""
         blocking = ""
+        if self._on_fields(
+            [each.name for each in PURPOSES.values() if each.measures]
+        ):  # every job has these
+            return "fields"
         for protection, cipher in product(self.rules.protections, self.rules.ciphers):
             if self.sites > MAX_MASKED_SITES and Protection.of(protection).masks:
                 blocking = blocking or "protections"

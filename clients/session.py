@@ -20,8 +20,16 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 from fedcore_clients.config import SiteConfig
+from fedcore_clients.leaving import Gate
 
-from fedcore.errors import BadInput, CertificateRefused, MalformedMessage, PeerRefused, with_hint
+from fedcore.errors import (
+    BadInput,
+    CertificateRefused,
+    MalformedMessage,
+    PeerRefused,
+    PolicyRefused,
+    with_hint,
+)
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import CLIENT_ROLES, require_role
 from fedcore.identity.preflight import channel_target, preflight
@@ -100,7 +108,8 @@ class Offline(Exception):
 
 
 class Session:
-    """Runs until cancelled. on_frame: of `ForJobs`; on_connected: after a Welcome."""
+    """Runs until cancelled. on_frame: of `ForJobs`; on_connected: after a Welcome; gate: what each record and upload
+    passes."""
 
     def __init__(
         self,
@@ -109,9 +118,10 @@ class Session:
         hello: Callable[[], frames.Hello],
         on_frame: Callable[[ForJobs], None],
         on_connected: Callable[[], None],
+        gate: Gate,
     ) -> None:
         self._kit, self._config, self._hello = kit, config, hello
-        self._on_frame, self._on_connected = on_frame, on_connected
+        self._on_frame, self._on_connected, self._gate = on_frame, on_connected, gate
         self._out: asyncio.Queue[bytes] | None = None
         self._channel: grpc.aio.Channel | None = None
         self._receipts: dict[bytes, asyncio.Future[frames.UploadReceipt]] = {}
@@ -293,8 +303,15 @@ class Session:
         self._put(seen)
 
     def say(self, job: str, message: ToCoordinator) -> None:
-        """Send a record, if there is a session; the coordinator asks again for a lost one."""
-        self._put(pack_record(job, message, TO_COORDINATOR))
+        """Send a record, if there is a session; the coordinator asks again for a lost one. One that may not leave is
+        logged, and not sent."""
+        record = pack_record(job, message, TO_COORDINATOR)
+        try:
+            self._gate.record(job, message, len(record.body))
+        except PolicyRefused as refused:
+            LOG.error("job %s: %s; hint: %s", job, refused, refused.remedy)  # noqa: TRY400 - one line
+            return
+        self._put(record)
 
     def doing(self, job: str, what: str) -> None:
         """Send what this site is doing, if there is a session and if it lasts."""
@@ -322,9 +339,13 @@ class Session:
 
     async def upload(self, job: str, header: bytes, digest: bytes, source: Path | bytes) -> None:
         """Upload a whole container: inside the session where it is small, else in a call of its own, resumed where it
-        broke off. Raises Offline without a session."""
+        broke off. Raises Offline without a session, and PolicyRefused for what may not leave."""
+        size = len(source) if isinstance(source, bytes) else -1
         if isinstance(source, Path):
             size = (await asyncio.to_thread(source.stat)).st_size
+        if not self._gate.upload(job, header, size):
+            raise Offline
+        if isinstance(source, Path):
             if size > INLINE:
                 await self._upload(frames.UploadStart(job, header, digest, size), source)
                 return

@@ -266,20 +266,30 @@ def leaving_of(job: Job, terms: Terms) -> list[str]:
     ]
     return [
         *leaving(job, terms),
-        _who_opens(terms),
+        f"opened: by {readers_of(terms)}",
         *(f"to the coordinator and its operators: {each}" for each in shown if each),
         "nothing else but the shape of the model: rows, file names and errors stay here",
     ]
 
 
-def _who_opens(terms: Terms) -> str:
-    """The parties that can read a vector, and a sum, by the protection."""
+def readers_of(terms: Terms) -> str:
+    """The parties that can read a vector, or a sum, by the protection."""
     least = f"a sum of at least {terms.threshold} sites"
     if not terms.layers.protects:
-        return "opened: by the coordinator, the vector of this site"
+        return "the coordinator, the vector of this site"
     if not terms.layers.encrypts:
-        return f"opened: by the coordinator and by the sites, as {least}"
-    by_sites = f"opened: by the sites only, as {least}"
+        return f"the coordinator and the sites, as {least}"
+    by_sites = f"the sites only, as {least}"
     if terms.layers.masks:
         return by_sites
     return f"{by_sites}; with any one of them the coordinator opens the vector of this site"
+
+
+def works_out(terms: Terms) -> str:
+    """Who can work out the vector of one site, by who hands over all that they hold."""
+    found = collusion(terms)
+    if not terms.layers.protects:
+        return "the coordinator"
+    return (
+        f"nobody, unless the coordinator and {_sites(found.active + 1, 'other site')} work together"
+    )

@@ -387,10 +387,15 @@ _MOST: dict[type[object], int] = {
 """{frame: bytes of its largest form}; SMALL for all others."""
 
 
+def most_bytes(frame: type[object]) -> int:
+    """Bytes of the largest form of a frame."""
+    return _MOST.get(frame, SMALL)
+
+
 def _form(frame: type[F], number: int = 0) -> Form[F]:
     """The wire form of a frame; its protobuf class has the same name, and a Part is bare bytes."""
     message = None if frame is Part else getattr(federation_pb2, frame.__name__)
-    return Form(frame, message, _MOST.get(frame, SMALL), number)
+    return Form(frame, message, most_bytes(frame), number)
 
 
 def _oneof(name: str, *frames: type[F]) -> Codec[F]:

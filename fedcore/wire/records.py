@@ -5,13 +5,14 @@ refused by its name before it is decoded. Invariant: no type of a table has a fi
 hold a secret; `travelling` raises TypeError for it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from fedcore.errors import MalformedMessage
 from fedcore.secagg.crypto.secret import Secret
+from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.wire_form import decode, encode, type_name
 from fedcore.wire.frames import Record
@@ -27,12 +28,14 @@ T_co = TypeVar("T_co", covariant=True)
 class Entry(Generic[T_co]):
     """A record type of one direction. most: its maximal length in bytes.
 
-    each: bytes allowed per site of the roster where the length grows with the roster, else 0.
+    each: bytes allowed per site of the roster where the length grows with the roster, else 0. under: the plans
+    under which a site may send it; None: any, and before there is one.
     """
 
     kind: type[T_co]
     most: int
     each: int = 0
+    under: Callable[[RoundPlan], bool] | None = None
 
     def limit(self, sites: int | None) -> int:
         """Maximal length in bytes for a roster of this size."""
@@ -46,11 +49,13 @@ Table = Mapping[str, Entry[T]]
 """{record name: entry}"""
 
 
-def travelling(*types: type[T], most: int, each: int = 0) -> Table[T]:
+def travelling(
+    *types: type[T], most: int, each: int = 0, under: Callable[[RoundPlan], bool] | None = None
+) -> Table[T]:
     """A table of record types of at most `most` bytes each. Raises TypeError for one that may hold a secret."""
     for kind in types:
         _refuse_secrets(kind, type_name(kind), set())
-    return MappingProxyType({type_name(kind): Entry(kind, most, each) for kind in types})
+    return MappingProxyType({type_name(kind): Entry(kind, most, each, under) for kind in types})
 
 
 def _refuse_secrets(hint: Any, where: str, seen: set[Any]) -> None:
@@ -68,6 +73,14 @@ def _refuse_secrets(hint: Any, where: str, seen: set[Any]) -> None:
 
 FROM_SITES: Table[messages.SiteMessage | epoch.SiteEpochMessage] = {
     **travelling(*get_args(messages.SiteMessage), most=SITE_RECORD),
+    **travelling(
+        messages.Keys,
+        messages.Shares,
+        messages.Confirm,
+        messages.Unmask,
+        most=SITE_RECORD,
+        under=lambda plan: plan.layers.masks,
+    ),
     **travelling(epoch.EpochKey, epoch.KeyHeld, most=SITE_WORDS),
     **travelling(epoch.Grant, most=GRANT),
     **travelling(epoch.Grants, most=MAX_RECORD, each=GRANT),
@@ -82,7 +95,12 @@ FROM_COORDINATOR: Table[messages.CoordinatorMessage | epoch.CoordinatorEpochMess
 TO_COORDINATOR: Table[job_messages.ToCoordinator] = {
     **FROM_SITES,
     **travelling(*get_args(job_messages.SiteJobMessage), most=SITE_RECORD),
-    **travelling(job_messages.PublicMetrics, most=METRICS_RECORD),
+    **travelling(
+        job_messages.PublicMetrics, most=METRICS_RECORD, under=lambda plan: plan.public_metrics
+    ),
+    **travelling(
+        job_messages.ModelMade, most=SITE_RECORD, under=lambda plan: plan.release == "coordinator"
+    ),
 }
 FROM_ANY_SITE: Table[job_messages.ToCoordinator] = {
     name: entry for name, entry in TO_COORDINATOR.items() if entry.kind is not epoch.Grants

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Protocol, TypeVar
+from typing import Annotated, ClassVar, Protocol, TypeVar
 
 from fedcore.errors import SignatureRefused
 from fedcore.secagg.crypto.hybrid import HybridPublic
@@ -31,6 +31,10 @@ class FromOneSite:
 
     header: bytes
     site: SiteId
+
+
+SEALED = "sealed"
+"""Beside the type of a field that the coordinator passes on and cannot open."""
 
 
 @record("Keys")
@@ -66,7 +70,7 @@ class Parcel:
 
     sender: SiteId
     recipient: SiteId
-    envelope: bytes
+    envelope: Annotated[bytes, SEALED]
     offer: bytes
     self_share_digest: bytes
     root_share_digest: bytes
@@ -161,7 +165,7 @@ class Leave(FromOneSite):
     """
 
     code: str
-    sealed: bytes = b""
+    sealed: Annotated[bytes, SEALED] = b""
 
 
 LEFT, MATERIAL, RELEASE_REFUSED = "left", "another site's material", "release refused"

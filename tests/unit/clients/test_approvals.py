@@ -179,7 +179,7 @@ def test_the_list_follows_from_the_settings(protection, public, release, start):
     assert ("the metrics of each release over all" in text) is public
     assert ("the model and statistics of the last round" in text) is (release == "coordinator")
     assert "a sum of at least 3 sites" in text and "up to 20 sums" in text
-    assert ("opened: by the coordinator and by the sites" in text) is (protection == "masked")
+    assert ("opened: by the coordinator and the sites" in text) is (protection == "masked")
     assert ("with any one of them the coordinator opens" in text) is (protection == "encrypted")
     for statistics in ("ranges", "federated"):
         lines = leaving_of(asked, replace(terms, statistics=statistics))

@@ -111,7 +111,9 @@ class Kept(Session):
     """A session that is open as long as it is wanted; goodbyes are kept."""
 
     def __init__(self):
-        super().__init__(None, type("Where", (), {"host": "h", "port": 1})(), None, None, None)
+        super().__init__(
+            None, type("Where", (), {"host": "h", "port": 1})(), None, None, None, None
+        )
         self.begun, self.told = 0, []
 
     async def _once(self):

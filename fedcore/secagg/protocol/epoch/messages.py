@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedcore.errors import StaleEpoch
 from fedcore.secagg.crypto.hybrid import HybridPublic
 from fedcore.secagg.plan import PLAN_VERSION
-from fedcore.secagg.protocol.messages import FromOneSite, Signed, check_signature
+from fedcore.secagg.protocol.messages import SEALED, FromOneSite, Signed, check_signature
 from fedcore.secagg.protocol.wire_form import digest, record
 from fedcore.types import SiteId
 
@@ -75,7 +76,7 @@ class Grant(FromOneSite):
     recipient: SiteId
     recipient_key: bytes
     key_id: bytes
-    envelope: bytes
+    envelope: Annotated[bytes, SEALED]
     signature: bytes
 
 

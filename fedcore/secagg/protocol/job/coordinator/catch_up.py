@@ -1,5 +1,6 @@
 """Catching up: a site that missed a release downloads the state that another one sealed (decision 0011)."""
 
+from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
@@ -8,6 +9,11 @@ from fedcore.types import SiteId
 
 _BYTES_A_PARAMETER, _MOST_REST = 64, 1 << 24
 """Bytes of a sealed state: for each parameter, and for all the rest."""
+
+
+def most_state_bytes(plan: RoundPlan | None) -> int:
+    """Bytes of the file of a job's state, sealed or not, at most."""
+    return _BYTES_A_PARAMETER * (plan.parameters if plan is not None else 0) + _MOST_REST
 
 
 class CatchUp:
@@ -97,8 +103,7 @@ class CatchUp:
 
     @property
     def most_bytes(self) -> int:
-        parameters = self._facts.plan.parameters if self._facts.plan is not None else 0
-        return _BYTES_A_PARAMETER * parameters + _MOST_REST
+        return most_state_bytes(self._facts.plan)
 
     def behind(self) -> bool:
         here = self._facts.released
