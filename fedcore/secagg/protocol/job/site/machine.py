@@ -449,7 +449,8 @@ class SiteJob:
                 yield from parts.rounds.step(site.Superseded(), now)
                 parts.rounds.ended = False
             behind = parts.rounds.standing.certificate != ended.certificate
-            if ended.certificate and behind and not self.part.out:  # it takes no model it left for
+            if ended.certificate and behind and not self.part.left:  # it takes no model it left for
+                self.part.ending = True
                 self.end.pending = ended, at
                 yield from parts.rounds.send_status()
                 return

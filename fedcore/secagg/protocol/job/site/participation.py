@@ -116,6 +116,8 @@ class Participation:
         """The policy's refusal of the job, if there is one."""
         self.barred = False
         """The policy in force refuses the job or its plan as such: the site is in no further round."""
+        self.ending = False
+        """The job is over, and this site fetches its last release: that gives nothing away."""
         self.left = ""
         """Why this site left the job permanently, if it did: its guard tripped."""
         self.survey: events.Surveyed | None = None
@@ -125,8 +127,8 @@ class Participation:
 
     @property
     def out(self) -> bool:
-        """Whether this site is in no further round of the job, unless its policy changes."""
-        return bool(self.left) or self.barred
+        """Whether this site takes no part in the job now."""
+        return bool(self.left) or (self.barred and not self.ending)
 
     def note(self, error: Exception) -> SiteEffects:
         """Show an error in log and status; what policy or ledger forbids ends the job here."""
