@@ -212,7 +212,7 @@ def test_an_unknown_time_zone_is_refused():
 def site_of(folder, **rules):
     """A site whose policy has these rules, and its one job, which has a plan; it is in no round."""
     found = offered(folder, submitted(), submitted(), **rules)
-    about = SimpleNamespace(host="h", port=1, policy_file=None)
+    about = SimpleNamespace(host="h", port=1, policy_file=None, folder=folder)
     site = Site(about, None, found.context, found.contributor)
     site.session, site.jobs = Kept(), {"job": found}
     return site, found
