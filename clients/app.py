@@ -398,7 +398,7 @@ class Site:
 _REMEDIES = {
     "replaced": "another process runs as this site: one process to a site, so stop one of them",
     "version": "install the Fedcore of the coordinator here, or have it brought up to this one",
-    "roster": "this site is not on the roster, or has another one: compare roster.toml with the coordinator's",
+    "roster": "this site was removed from it, or both need the same roster.toml: compare it with the coordinator's",
     "revoked": "ask the operator why; a new certificate has a new serial number",
     "evicted": "ask the operator why; `fed-coordinator evict SITE --undo` lets it in again",
 }

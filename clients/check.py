@@ -24,6 +24,7 @@ from fedcore_clients import app
 from fedcore_clients.app import Papers
 from fedcore_clients.config import SiteConfig, TaskSection, read_config
 from fedcore_clients.policy import SitePolicy
+from fedcore_clients.rosters import newest_roster
 from fedcore_clients.sandbox import NONE_HINT, choose
 from fedcore_clients.session import call_unary, open_channel
 from fedcore_clients.status import runs
@@ -32,6 +33,7 @@ from fedcore.cli.console import ago
 from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
 from fedcore.identity.identities import read_identity
 from fedcore.identity.preflight import authority_of, preflight, proxied
+from fedcore.identity.signed_roster import changes_of
 from fedcore.store.disk import open_to_others
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
@@ -88,6 +90,8 @@ def examine(path: Path) -> Iterator[Check]:
         return
     check, papers = _try("keys", lambda: _papers(config))
     yield check
+    if papers is not None and papers.roster.number:
+        yield _line("roster", partial(_roster, config, papers))
     if papers is not None:
         yield _line("policy", lambda: _policy(app.policy_of(config, papers)))
     yield _line("folder", lambda: _folder(config))
@@ -120,6 +124,18 @@ def _papers(config: SiteConfig) -> tuple[str, Papers]:
         f"{found.kit.peer}, valid for {left} more; on a roster of {len(found.roster.sites)} sites",
         found,
     )
+
+
+def _roster(config: SiteConfig, papers: Papers) -> str:
+    """The signed roster in force, and a warning where a newer one waits for the operator."""
+    current, newest = papers.roster, newest_roster(config, papers.kit, papers.roster)
+    text = (
+        f"number {current.number}, signed by the federation's authority: {len(current.sites)} sites"
+    )
+    if newest.number == current.number:
+        return text
+    changes = "; ".join(changes_of(newest.sites, current.sites))
+    return f"{text}; warning: number {newest.number} waits for `fed-site roster approve`: {changes}"
 
 
 def _policy(policy: SitePolicy) -> str:
@@ -276,7 +292,9 @@ def _admitted(config: SiteConfig, papers: Papers) -> tuple[str, tuple[frames.Wel
     sent = (before + time.time()) / 2
     if found.federation != papers.kit.peer.federation:
         raise Refused(f"coordinator: found federation {found.federation!r}")
-    text = f"site {config.site!r} of {found.federation!r}: same roster at both ends"
+    text = f"site {config.site!r} of {found.federation!r}"
+    if not papers.roster.number:  # a numbered one is sent in the session
+        text += ": same roster at both ends"
     return text, (found, sent)
 
 

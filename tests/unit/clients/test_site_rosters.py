@@ -1,12 +1,18 @@
 """The rosters of a site: what it takes from its coordinator, what it shows, and what its operator approves."""
 
 import json
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
+from fedcore_clients.check import _roster
+from fedcore_clients.cli import main
+from fedcore_clients.config import read_config
 from fedcore_clients.rosters import (
     APPROVED_FILE,
     NEWEST_FILE,
     approve_roster,
+    approved_roster,
     newest_roster,
     roster_json,
     roster_lines,
@@ -14,10 +20,11 @@ from fedcore_clients.rosters import (
 
 from fedcore.errors import BadInput, Refused, SignatureRefused
 from fedcore.identity.identities import write_roster
+from fedcore.identity.kit import Kit
 from fedcore.identity.signed_roster import SignedRoster
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.wire.frames import JobRoster
-from tests.support.rosters import KEYS, OTHER, SiteFolder, document
+from tests.support.rosters import AUTHORITY, KEYS, OTHER, SiteFolder, document
 
 
 @pytest.fixture
@@ -181,3 +188,55 @@ def test_only_so_many_offers_are_held(site):
     for number in range(200):
         named(site, f"j{number}", 2, "abcd")
     assert len(site.rosters.held) == 64
+
+
+# ------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A site's folder with its kit and site.toml; roster 2 waits there."""
+    site = SiteFolder(tmp_path)
+    AUTHORITY.issue("site", "a", datetime.now(UTC)).save(tmp_path / "kit")
+    (tmp_path / "site.toml").write_text(
+        'site = "a"\ncoordinator = "127.0.0.1:1"\nkit = "kit"\nidentity = "identity.pem"\n'
+        'roster = "roster.toml"\nfolder = "state"\n'
+    )
+    site.take(2, "abcd")
+    return tmp_path
+
+
+def ran(capsys, home, *words):
+    """Exit code, stdout and stderr of `fed-site roster ...`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["roster", *words, "--config", str(home / "site.toml")])
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_the_commands_show_and_approve(capsys, home):
+    code, out, _ = ran(capsys, home)
+    assert code == 0 and "roster 2 waits for approval: fed-site roster approve 2\n" in out
+    code, out, _ = ran(capsys, home, "approve", "2")
+    assert code == 0 and out == "roster 2 approved: 4 sites\n1 site added: d\n"
+    code, out, _ = ran(capsys, home)
+    assert code == 0 and out == "roster 2: 4 sites: a, b, c, d\n"
+
+
+def test_a_wrong_number_is_bad_input_and_nothing_to_approve_is_refused(capsys, home):
+    code, out, err = ran(capsys, home, "approve", "7")
+    assert code == 2 and not out and "found number 7, expected 2" in err and "hint:" in err
+    ran(capsys, home, "approve", "2")
+    code, out, err = ran(capsys, home, "approve", "2")
+    assert code == 3 and not out and "none that waits" in err and "hint:" in err
+
+
+def test_check_shows_the_roster_and_warns_of_one_that_waits(home):
+    config = read_config(home / "site.toml")
+    kit = Kit.load(config.kit)
+    papers = SimpleNamespace(kit=kit, roster=approved_roster(config, kit))
+    said = _roster(config, papers)
+    assert said.startswith("number 1, signed by the federation's authority: 3 sites; warning: ")
+    assert said.endswith("number 2 waits for `fed-site roster approve`: 1 site added: d")
+    approve_roster(config, kit, 2)
+    papers.roster = approved_roster(config, kit)
+    assert _roster(config, papers) == "number 2, signed by the federation's authority: 4 sites"
