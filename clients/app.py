@@ -52,8 +52,7 @@ from fedcore.files import write_json
 from fedcore.identity.identities import read_identity
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import check_name, require_role
-from fedcore.identity.roster import ROSTER_KEY, RosterFile
-from fedcore.identity.roster import Roster as PinnedRoster
+from fedcore.identity.roster import ROSTER_KEY, PinnedRoster, RosterFile
 from fedcore.results import JobWait
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol import job_messages as job

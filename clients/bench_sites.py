@@ -24,7 +24,7 @@ from fedcore_clients.trainer import Loaded
 from fedcore.errors import FedcoreError
 from fedcore.identity.identities import read_identity, read_roster
 from fedcore.identity.kit import Kit
-from fedcore.identity.roster import Roster
+from fedcore.identity.roster import PinnedRoster
 from fedcore.learning.state import JobState
 from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, Wide
 from fedcore.secagg.protocol.schedule import PlannedRound
@@ -85,7 +85,7 @@ async def _run(configs: Sequence[SiteConfig], parameters: int) -> None:
 
 def _site(config: SiteConfig, parameters: int, stack: contextlib.ExitStack) -> Site:
     kit = Kit.load(config.kit)
-    papers = Papers(kit, Roster(read_roster(config.roster)), read_identity(config.identity))
+    papers = Papers(kit, PinnedRoster(read_roster(config.roster)), read_identity(config.identity))
     context = stack.enter_context(opened(config, papers))
     return Site(config, kit, context, Drawn(context.id, parameters))
 

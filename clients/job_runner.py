@@ -29,7 +29,7 @@ from fedcore_clients.trainer import TrainingFailed
 
 from fedcore.audit.rounds import place
 from fedcore.errors import FedcoreError, PolicyRefused, StoreProblem
-from fedcore.identity.roster import ROSTER_KEY, Roster
+from fedcore.identity.roster import ROSTER_KEY, PinnedRoster
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.state import JobState
 from fedcore.runtime.mailbox import Mailbox, keep_serving
@@ -75,7 +75,7 @@ class JobRunner:
         link: Session,
         contributor: Contributor,
         offer: job_messages.JobOffer,
-        roster: Roster | None = None,
+        roster: PinnedRoster | None = None,
     ) -> None:
         self.roster = roster or context.rosters.current
         """Fixed with the job."""
@@ -106,7 +106,7 @@ class JobRunner:
         """A job of an earlier process, from the journal."""
         kept, roster = context.journal.get(name, "offer"), context.journal.get(name, ROSTER_KEY)
         assert kept is not None
-        pinned = None if roster is None else Roster.from_bytes(roster)
+        pinned = None if roster is None else PinnedRoster.from_bytes(roster)
         offer = decode(kept, job_messages.JobOffer)
         found = cls(context, link, contributor, offer, pinned)
         found.restore()

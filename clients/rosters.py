@@ -20,7 +20,7 @@ from fedcore.audit.trail import Recorder
 from fedcore.errors import BadInput, Refused, RosterRefused, SignatureRefused, with_hint
 from fedcore.files import stamp_of, write_atomic
 from fedcore.identity.kit import Kit
-from fedcore.identity.roster import Roster, RosterFile, read_file
+from fedcore.identity.roster import PinnedRoster, RosterFile, read_file
 from fedcore.identity.signed_roster import SignedRoster, changes_of
 from fedcore.secagg.plan import default_threshold
 from fedcore.secagg.protocol.job_messages import JobOffer
@@ -36,7 +36,7 @@ MOST_HELD = 64
 """Offers that wait for the approval of their roster, and jobs whose roster was named."""
 
 
-def _kept(path: Path, kit: Kit, otherwise: Roster) -> Roster:
+def _kept(path: Path, kit: Kit, otherwise: PinnedRoster) -> PinnedRoster:
     """The roster of a file where there is one that is newer. Raises what `read_file` raises."""
     if not path.is_file():
         return otherwise
@@ -44,25 +44,25 @@ def _kept(path: Path, kit: Kit, otherwise: Roster) -> Roster:
     return found if found.number > otherwise.number else otherwise
 
 
-def approved_roster(config: SiteConfig, kit: Kit) -> Roster:
+def approved_roster(config: SiteConfig, kit: Kit) -> PinnedRoster:
     """The roster in force. Raises BadInput, SignatureRefused, RosterRefused."""
     placed = read_file(config.roster, kit.authority_pem, kit.peer.federation)
     return _kept(config.folder / APPROVED_FILE, kit, placed)
 
 
-def newest_roster(config: SiteConfig, kit: Kit, approved: Roster) -> Roster:
+def newest_roster(config: SiteConfig, kit: Kit, approved: PinnedRoster) -> PinnedRoster:
     """The newest roster seen here. Raises BadInput, SignatureRefused, RosterRefused."""
     return _kept(config.folder / NEWEST_FILE, kit, approved)
 
 
-def _write(path: Path, roster: Roster) -> None:
+def _write(path: Path, roster: PinnedRoster) -> None:
     make_folder(path.parent)
     write_atomic(path, roster.document)
     path.chmod(0o600)
     sync_folder(path.parent)
 
 
-def roster_json(current: Roster, newest: Roster) -> Json:
+def roster_json(current: PinnedRoster, newest: PinnedRoster) -> Json:
     """What `fed-site roster` and the status show; `waiting` is None where the newest is approved."""
     waits = newest.number > current.number
     return {
@@ -106,7 +106,7 @@ class SiteRosters:
             return self._refuse("malformed", error)
         except (SignatureRefused, RosterRefused) as error:
             return self._refuse("signature", error)
-        found = Roster(dict(signed.sites), signed.number, document)
+        found = PinnedRoster(dict(signed.sites), signed.number, document)
         try:
             found.follows(self.newest, "the coordinator's roster")
         except RosterRefused as error:
@@ -144,7 +144,7 @@ class SiteRosters:
             _write(self._folder / APPROVED_FILE, self.newest)
             self._adopt(self.newest, "policy")
 
-    def _adopt(self, found: Roster, by: str) -> None:
+    def _adopt(self, found: PinnedRoster, by: str) -> None:
         self._audit.record(
             "roster", what="approved", number=found.number, digest=found.digest, by=by
         )

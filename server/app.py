@@ -32,7 +32,7 @@ from fedcore.errors import BadInput, LeaseLost, StoreProblem
 from fedcore.files.lock import FileLock
 from fedcore.identity.kit import Kit
 from fedcore.identity.revocation import Revocations
-from fedcore.identity.roster import Roster, RosterFile
+from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.disk import close_to_others, make_folder, refusals
 from fedcore.store.journal import Journal
@@ -93,7 +93,7 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
             f"kit: found a certificate of federation {kit.peer.federation!r}, expected {config.name!r}"
         )
     kit.check("coordinator", datetime.now(UTC))
-    rosters = RosterFile(Roster({}), config.roster, kit.authority_pem, config.name)
+    rosters = RosterFile(PinnedRoster({}), config.roster, kit.authority_pem, config.name)
     rosters.refresh()
     revoked = Revocations(config.revoked)
     limits = config.limits
@@ -122,7 +122,7 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
         asyncio.run(_serve(config, kit, Coordinator(context, gate), show))
 
 
-def audit_facts(config: FederationConfig, kit: Kit, roster: Roster) -> dict[str, Fact]:
+def audit_facts(config: FederationConfig, kit: Kit, roster: PinnedRoster) -> dict[str, Fact]:
     """What the first line of every start states: who, under which certificate, with which files."""
     return {
         "party": f"coordinator of {config.name}", "certificate": kit.certificate_pem.decode(),

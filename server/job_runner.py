@@ -27,7 +27,7 @@ from fedcore_server.sessions import Sessions
 from fedcore.audit.rounds import place
 from fedcore.config import Job, build_job, plan_of
 from fedcore.errors import FedcoreError, LeaseLost, StoreFull, StoreProblem
-from fedcore.identity.roster import ROSTER_KEY, Roster
+from fedcore.identity.roster import ROSTER_KEY, PinnedRoster
 from fedcore.results import MetricsRow, ReferenceGap
 from fedcore.runtime.mailbox import Mailbox, keep_serving
 from fedcore.secagg.label import Terms
@@ -110,7 +110,7 @@ class JobRunner:
         links: Sessions,
         offer: job_messages.JobOffer,
         submitter: str = "",
-        roster: Roster | None = None,
+        roster: PinnedRoster | None = None,
     ) -> None:
         self.context, self.links, self.offer, self.id = context, links, offer, offer.job
         self.submitter = submitter
@@ -128,7 +128,7 @@ class JobRunner:
         """Clock seconds of the first refusal of the disk since the round last went on."""
         self._pin(roster or context.rosters.current)
 
-    def _pin(self, roster: Roster) -> None:
+    def _pin(self, roster: PinnedRoster) -> None:
         """Fix the job's roster: what the federation's roster becomes later is for other jobs."""
         context, self.roster = self.context, roster
         facts = JobFacts(context.federation, self.offer, roster.sites, context.limits)
@@ -160,7 +160,7 @@ class JobRunner:
         kept, submitter, roster = get("offer"), get("submitter") or b"", get(ROSTER_KEY)
         assert kept is not None
         offer = decode(kept, job_messages.JobOffer)
-        pinned = None if roster is None else Roster.from_bytes(roster)
+        pinned = None if roster is None else PinnedRoster.from_bytes(roster)
         found = cls(context, links, offer, submitter.decode(), pinned)
         found._restore()
         return found

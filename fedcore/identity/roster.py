@@ -26,7 +26,7 @@ ROSTER_KEY = "roster"
 
 
 @dataclass(frozen=True)
-class Roster:
+class PinnedRoster:
     """Sites with their pinned keys. sites: {site: 32-byte Ed25519 public key}, in the roster's order.
 
     number: of a signed roster, 1 or more; 0 for a file without a signature. document: the signed file.
@@ -53,7 +53,7 @@ class Roster:
         sites = {SiteId(name): bytes.fromhex(key) for name, key in found["sites"]}
         return cls(sites, found["number"])
 
-    def follows(self, before: "Roster", where: str) -> None:
+    def follows(self, before: "PinnedRoster", where: str) -> None:
         """Return if this roster may take the place of an earlier one.
 
         Raises RosterRefused for an older number, the same number with other content, and a roster without a number
@@ -72,12 +72,12 @@ class Roster:
         )  # fmt: skip
 
 
-def read_file(path: Path, authority_pem: bytes, federation: str) -> Roster:
+def read_file(path: Path, authority_pem: bytes, federation: str) -> PinnedRoster:
     """The roster of a file, verified where it is signed. Raises BadInput, SignatureRefused, RosterRefused."""
     sites, signed = read_pins(path, authority_pem, federation)
     if signed is None:
-        return Roster(sites)
-    return Roster(sites, signed.number, signed.to_toml())
+        return PinnedRoster(sites)
+    return PinnedRoster(sites, signed.number, signed.to_toml())
 
 
 class RosterFile(Collection[SiteId]):
@@ -89,7 +89,7 @@ class RosterFile(Collection[SiteId]):
 
     def __init__(
         self,
-        current: Roster,
+        current: PinnedRoster,
         path: Path | None = None,
         authority_pem: bytes = b"",
         federation: str = "",

@@ -36,7 +36,7 @@ from fedcore.audit.keys import SiteSigner
 from fedcore.audit.trail import AuditTrail
 from fedcore.config import build_job, plan_of
 from fedcore.errors import StoreFull
-from fedcore.identity.roster import Roster, RosterFile
+from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.learning.state import JobState, without_metrics
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.encode.pack import Opened
@@ -214,7 +214,7 @@ class Town:
         spool = Spool(self.folder / HUB / "spool")
         context = CoordinatorContext(
             "town",
-            RosterFile(Roster(self.pins)),
+            RosterFile(PinnedRoster(self.pins)),
             journal,
             spool,
             self.pool,
@@ -247,7 +247,7 @@ class Town:
             "town",
             name,
             self.keys[name],
-            RosterFile(Roster(self.pins)),
+            RosterFile(PinnedRoster(self.pins)),
             journal,
             Spool(folder / "spool"),
             folder,

@@ -17,15 +17,14 @@ from fedcore_clients.context import SiteContext
 from fedcore_clients.ledger import Exposure, JobLedger, Ledger
 from fedcore_clients.rosters import APPROVED_FILE, NEWEST_FILE, approve_roster
 
-from fedcore.identity.roster import Roster
+from fedcore.identity.roster import PinnedRoster
 from fedcore.identity.signed_roster import SignedRoster
 from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import canonical, default_threshold
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
-from fedcore.wire.frames import JobRoster, RosterSeen
-from fedcore.wire.frames import Roster as RosterFrame
+from fedcore.wire.frames import JobRoster, Roster, RosterSeen
 from fedcore.wire.records import TO_SITE, pack_record
 from tests.support.deployed_jobs import submitted
 from tests.support.policies import BENCH, Rows
@@ -63,7 +62,7 @@ class Hospital:
 
     def roster(self, data):
         """A roster from the coordinator; the site's word on it."""
-        self.site._on_frame(RosterFrame(data))
+        self.site._on_frame(Roster(data))
         return self.seen[-1].word
 
     def offer(self, name, data=None):
@@ -309,6 +308,6 @@ def test_the_keys_are_kept_by_the_file_and_older_entries_have_none(ledger, tmp_p
 
 
 def test_a_roster_kept_with_a_job_is_the_one_that_was_offered():
-    roster = Roster({name: KEYS[name] for name in "cab"}, 3)
-    again = Roster.from_bytes(roster.to_bytes())
+    roster = PinnedRoster({name: KEYS[name] for name in "cab"}, 3)
+    again = PinnedRoster.from_bytes(roster.to_bytes())
     assert (again.number, list(again.sites), again.digest) == (3, list("cab"), roster.digest)

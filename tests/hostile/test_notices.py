@@ -15,7 +15,7 @@ from support.machines import patch_machine
 from support.policies import policy_of
 
 from fedcore.errors import HeaderRefused
-from fedcore.identity.roster import Roster, RosterFile
+from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.sealed import NOTICE_LENGTH, seal_notice
 from fedcore.secagg.crypto.sumtag import GroupSecret
@@ -42,7 +42,7 @@ def deployed(world, name, folder, link=None):
             "clinics",
             name,
             member.identity,
-            RosterFile(Roster(world.pins)),
+            RosterFile(PinnedRoster(world.pins)),
             journal,
             Spool(folder / "spool"),
             folder,

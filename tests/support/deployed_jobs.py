@@ -12,7 +12,7 @@ from support.policies import begin, job_at_a_site, policy_of
 
 from fedcore.cli import main
 from fedcore.config import build_job, plan_of, wire_settings
-from fedcore.identity.roster import Roster, RosterFile
+from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.results import SiteRow
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import METRIC, RoundHeader, Wide, canonical
@@ -118,7 +118,13 @@ def coordinated(folder, plan=PUBLIC, here=()):
     journal = Journal.open(folder / "journal.sqlite", party="hub")
     pins = {name: IdentityKey().public for name in SITES}
     context = CoordinatorContext(
-        "town", RosterFile(Roster(pins)), journal, Spool(folder / "spool"), None, folder, Limits()
+        "town",
+        RosterFile(PinnedRoster(pins)),
+        journal,
+        Spool(folder / "spool"),
+        None,
+        folder,
+        Limits(),
     )
 
     class Links:

@@ -11,7 +11,7 @@ from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import Ledger
 from fedcore_clients.policy import PolicySection, SitePolicy
 
-from fedcore.identity.roster import Roster, RosterFile
+from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages
@@ -76,7 +76,16 @@ def job_at_a_site(folder, settings, policy, row=None, link=None, **more):
     journal = Journal.open(folder / "journal.sqlite", party="site a")
     ledger, spool = Ledger.open(folder, key), Spool(folder / "spool")
     context = SiteContext(
-        "town", "a", key, RosterFile(Roster(pins)), journal, spool, folder, policy, ledger, **more
+        "town",
+        "a",
+        key,
+        RosterFile(PinnedRoster(pins)),
+        journal,
+        spool,
+        folder,
+        policy,
+        ledger,
+        **more,
     )
     offer = job_messages.JobOffer("job", "bench", BENCH["bench"], canonical(settings))
     return JobRunner(context, link or Link(), Rows(row=row), offer)

@@ -7,7 +7,7 @@ import pytest
 from fedcore_clients.job_policy import JobPolicy
 from fedcore_clients.job_runner import JobRunner
 
-from fedcore.identity.roster import ROSTER_KEY, Roster, RosterFile
+from fedcore.identity.roster import ROSTER_KEY, PinnedRoster, RosterFile
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages as job
@@ -26,7 +26,7 @@ def at_a(folder, **rules):
 
 def restarted(found, sites, **changes):
     """The site's process, started again under another roster."""
-    context = replace(found.context, rosters=RosterFile(Roster(sites, 2)), **changes)
+    context = replace(found.context, rosters=RosterFile(PinnedRoster(sites, 2)), **changes)
     return JobRunner.stored(context, found.link, found.contributor, "job")
 
 
@@ -56,7 +56,7 @@ def test_a_site_with_a_new_identity_key_leaves_the_jobs_that_pin_the_old_one(tmp
 def test_a_job_whose_roster_is_without_this_site_is_refused(tmp_path):
     found = at_a(tmp_path)
     others = {name: key for name, key in found.roster.sites.items() if name != "a"}
-    found.context.journal.put("job", ROSTER_KEY, Roster(others).to_bytes())
+    found.context.journal.put("job", ROSTER_KEY, PinnedRoster(others).to_bytes())
     again = restarted(found, found.roster.sites)
     asyncio.run(begin(again))
     assert again.link.said[-1] == job.SiteUnavailable("job", "a", "roster")

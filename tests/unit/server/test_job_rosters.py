@@ -23,7 +23,7 @@ from fedcore.errors import (
 )
 from fedcore.identity.authority import Authority
 from fedcore.identity.identities import write_roster
-from fedcore.identity.roster import Roster, RosterFile
+from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.identity.signed_roster import SignedRoster
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol.job.coordinator.events import SiteConnected
@@ -50,7 +50,7 @@ class Town:
 
     def start(self):
         self.journal = Journal.open(self.folder / "journal.sqlite", party="hub")
-        rosters = RosterFile(Roster({}), self.path)
+        rosters = RosterFile(PinnedRoster({}), self.path)
         rosters.refresh()
         context = CoordinatorContext(
             "town", rosters, self.journal, Spool(self.folder / "spool"), None, self.folder, Limits()
@@ -178,7 +178,7 @@ def numbered(tmp_path, authority):
     """The roster of a file that the authority signed, number 2: a, b, c, d."""
     signed(tmp_path, 2, "abcd", authority)
     path, pem = tmp_path / "roster.toml", authority.certificate_pem
-    found = RosterFile(Roster({}), path, pem, "town")
+    found = RosterFile(PinnedRoster({}), path, pem, "town")
     assert found.refresh() and found.current.number == 2
     return found
 

@@ -16,7 +16,7 @@ from fedcore_server.sessions import SiteSession
 from rich.console import Console
 
 from fedcore.config import build_job
-from fedcore.identity.roster import Roster, RosterFile
+from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.results import JobRow
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
@@ -43,7 +43,7 @@ def hub(tmp_path):
     pins = {name: IdentityKey().public for name in SITES}
     context = CoordinatorContext(
         "town",
-        RosterFile(Roster(pins)),
+        RosterFile(PinnedRoster(pins)),
         journal,
         Spool(tmp_path / "spool"),
         None,

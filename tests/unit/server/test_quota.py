@@ -16,7 +16,7 @@ from fedcore_server.operators_api import OperatorsApi
 
 from fedcore.config import build_job
 from fedcore.errors import PlanRefused
-from fedcore.identity.roster import Roster, RosterFile
+from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
@@ -39,7 +39,7 @@ def hub(tmp_path, journal):
     spool = Spool(tmp_path / "spool")
     return Coordinator(
         CoordinatorContext(
-            "town", RosterFile(Roster(pins)), journal, spool, None, tmp_path, Limits(), QUOTA
+            "town", RosterFile(PinnedRoster(pins)), journal, spool, None, tmp_path, Limits(), QUOTA
         ),
         gate=None,
     )
