@@ -302,7 +302,7 @@ def test_a_revocation_that_the_disk_refuses_is_recorded_later(tmp_path, monkeypa
 
     hub = Coordinator(found.context, SimpleNamespace(still=still))
     hub.adopt(found)
-    hub.sessions.last_peers["a"] = "a"
+    hub.sessions.last_peers["a"] = SimpleNamespace(fingerprint="f" * 64, serial="1")
     with monkeypatch.context() as patch:
         patch.setattr(found.disk, "put", refuses)
         hub.withdraw()
