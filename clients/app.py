@@ -29,6 +29,7 @@ from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.offers import APPROVALS, offer_digest
 from fedcore_clients.policy import SITE_FILE, SitePolicy
 from fedcore_clients.policy_file import PolicyFile
+from fedcore_clients.renewal import Renewal
 from fedcore_clients.rosters import (
     APPROVED,
     APPROVED_FILE,
@@ -291,6 +292,7 @@ class Site:
         status = loop.create_task(self._keep_status())
         keys = loop.create_task(self._erase_old_keys())
         operator = loop.create_task(self._follow_operator())
+        renewal = loop.create_task(Renewal(self.session.kit, self.session, self._in_round).run())
         waiting = loop.create_task(stop.wait())
         try:
             await asyncio.wait({session, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -308,7 +310,7 @@ class Site:
                 )
             await self.session.goodbye("the site stops")
         finally:
-            tasks = [session, status, keys, operator, waiting, *self._running.values()]
+            tasks = [session, status, keys, operator, renewal, waiting, *self._running.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -374,8 +376,10 @@ class Site:
         if until is None:
             return "", ""
         text = f"outside the hours of this site's policy: no new round before {when(until)}"
-        busy = any(found.job.in_round for found in self.jobs.values())  # it is finished first
-        return "" if busy else "hours", text
+        return "" if self._in_round() else "hours", text  # a round is finished first
+
+    def _in_round(self) -> bool:
+        return any(found.job.in_round for found in self.jobs.values())
 
     def _note(self, event: str, **facts: Fact) -> None:
         """Record what no message relies on; where the disk refuses it, the log has it."""

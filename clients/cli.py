@@ -107,7 +107,11 @@ def join(
         return
     else:
         found = _joined_online(_join_line(line), out, proxy, wait, as_json)
-    done = joining.finish(out, found, datetime.now(UTC), tasks=allowed, proxy=proxy)
+    now = datetime.now(UTC)
+    if answer is not None and joining.has_joined(out):
+        done = joining.renewed(out, found, now)
+    else:
+        done = joining.finish(out, found, now, tasks=allowed, proxy=proxy)
     about = {
         "state": "joined", "site": done.site, "federation": done.federation,
         "roster": done.roster.number, "certificate_until": done.until.isoformat(), "files": [*done.wrote],

@@ -32,9 +32,10 @@ from fedcore.identity.joining import (
     JoinRequest,
     check_authority,
 )
+from fedcore.identity.peer import peer_of
 from fedcore.identity.preflight import authority_of, connect
-from fedcore.identity.signed_roster import SignedRoster
-from fedcore.identity.verify import check_certificate
+from fedcore.identity.signed_roster import SignedRoster, read_pins
+from fedcore.identity.verify import check_certificate, fingerprint
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.types import Json
 
@@ -185,6 +186,31 @@ def finish(
     return Joined(site, peer.federation, roster, peer.ends, wrote)
 
 
+def renewed(folder: Path, answer: JoinAnswer, now: datetime) -> Joined:
+    """Take a new certificate and the newest roster of an operator's file into a site that has joined.
+
+    Raises CertificateRefused, SignatureRefused, RosterRefused, BadInput; then nothing is changed.
+    """
+    before = kit.Kit.load(folder / KIT_FOLDER)
+    key, identity = _keys(folder)
+    known, site = fingerprint(before.authority_pem), before.peer.name
+    roster = answer.check(known, site, key.public_key(), identity.public, now)
+    _, seen = read_pins(folder / ROSTER_FILE, before.authority_pem, before.peer.federation)
+    roster.verify(before.authority_pem, before.peer.federation, newest=seen.number if seen else 0)
+    write_atomic(folder / ROSTER_FILE, answer.roster)
+    write_atomic(folder / KIT_FOLDER / kit.CERTIFICATE_FILE, answer.certificate)
+    wrote = {
+        f"{KIT_FOLDER}/{kit.CERTIFICATE_FILE}": "the new certificate",
+        ROSTER_FILE: "the newest roster",
+    }
+    return Joined(site, before.peer.federation, roster, peer_of(answer.certificate).ends, wrote)
+
+
+def has_joined(folder: Path) -> bool:
+    """Whether a folder is that of a site that has joined."""
+    return (folder / KIT_FOLDER / kit.CERTIFICATE_FILE).exists()
+
+
 def read_answer(path: Path) -> JoinAnswer:
     """The answer in a file of `fed-coordinator approve`. Raises BadInput."""
     found = JoinAnswer.parse(kit.read_limited(path, "an answer"), str(path))
@@ -219,7 +245,7 @@ def site_toml(site: str, coordinator: str, tasks: list[AllowedTask], proxy: str)
 
 _SETTINGS = """\
 # One site of a federation. Paths count from this file's folder; docs/operations.md has every key.
-{names}kit = "{key}"                  # certificate and key
+{names}kit = "{key}"                  # certificate and key; the certificate is renewed by itself
 identity = "{identity}"     # this site's signing key, made here
 roster = "{roster}"
 folder = "state"             # journal, models, ledger; needs room for a few models
@@ -272,7 +298,7 @@ def _attempt(folder: Path) -> tuple[Json, JoinRequest]:
 
 
 def _require_new(folder: Path) -> None:
-    if (folder / KIT_FOLDER / kit.CERTIFICATE_FILE).exists():
+    if has_joined(folder):
         raise AlreadyExists(
             f"{folder}: found a site that has joined already, expected a new one",
             remedy=f"fed-site check --config {folder / SITE_FILE}; to join with new keys, move {KIT_FOLDER}/ and "

@@ -120,7 +120,7 @@ class Session:
         on_connected: Callable[[], None],
         gate: Gate,
     ) -> None:
-        self._kit, self._config, self._hello = kit, config, hello
+        self.kit, self._config, self._hello = kit, config, hello
         self._on_frame, self._on_connected, self._gate = on_frame, on_connected, gate
         self._out: asyncio.Queue[bytes] | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -140,6 +140,15 @@ class Session:
         self._wanted = asyncio.Event()
         self._wanted.set()
         self._attempt: asyncio.Task[None] | None = None
+
+    async def ask(self, call: calls.Call[Q, A], asked: Q) -> A:
+        """The answer to a call beside the session. Raises Offline without a session, AioRpcError for a refusal."""
+        return await call_unary(self._open(), call, asked, ANSWER_SECONDS)
+
+    async def use(self, kit: Kit) -> None:
+        """Use this certificate from now on: the session ends, and the next one begins at once."""
+        self.kit = kit
+        await self.goodbye("a new certificate")
 
     async def go_away(self, word: str) -> None:
         """End the session, and begin none before `come_back`. word: of `frames.AWAY`, for the coordinator."""
@@ -189,7 +198,7 @@ class Session:
     async def _once(self) -> None:
         config, self._was_welcome = self._config, False
         channel = open_channel(
-            self._kit, config.host, config.port, proxy=config.through, options=OPTIONS
+            self.kit, config.host, config.port, proxy=config.through, options=OPTIONS
         )
         out: asyncio.Queue[bytes] = asyncio.Queue()
         try:
@@ -225,7 +234,7 @@ class Session:
         if isinstance(frame, frames.Goodbye):
             self._goodbye(frame)
             return
-        if not isinstance(frame, frames.Welcome) or frame.federation != self._kit.peer.federation:
+        if not isinstance(frame, frames.Welcome) or frame.federation != self.kit.peer.federation:
             raise MalformedMessage(
                 "session", found="another first frame or federation", expected="a welcome",
                 fault="coordinator",
@@ -285,7 +294,7 @@ class Session:
     def _why(self, otherwise: str) -> str:
         config, now = self._config, datetime.now(UTC)
         try:
-            preflight(self._kit, config.host, config.port, now=now, proxy=config.through)
+            preflight(self.kit, config.host, config.port, now=now, proxy=config.through)
         except (CertificateRefused, BadInput) as error:
             return with_hint(error)
         except OSError as error:

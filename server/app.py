@@ -17,7 +17,7 @@ import grpc.aio
 from fedcore_server.config import FederationConfig, LimitsSection
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.coordinator import Coordinator
-from fedcore_server.enrolment import enrolling
+from fedcore_server.enrolment import Enrolments, enrolling, open_enrolments
 from fedcore_server.folding import FoldPool
 from fedcore_server.grpc_service import handlers
 from fedcore_server.probes import ADDRESS, Probes, serve_metrics
@@ -106,6 +106,7 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
         ) as audit,
         FoldPool(limits.fold_workers, config.folder / "spool" / ".sums") as pool,
     ):
+        enrolments = open_enrolments(config, audit)
         context = CoordinatorContext(
             config.name, rosters, journal, Spool(config.folder / "spool", limits.spool_bytes), pool,
             config.folder,
@@ -113,13 +114,13 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
                 limits.stage_seconds, limits.gather_seconds, limits.minimum_sites,
                 limits.grace_seconds, limits.enough_seconds, _vectors(limits, len(rosters)),
             ),
-            limits, audit,
+            limits, audit, certify=enrolments.renew if enrolments is not None else None,
         )  # fmt: skip
         gate = Gate(
             config.name, rosters, revoked, lambda: datetime.now(UTC),
             lambda error: LOG.error("%s", error),
         )  # fmt: skip
-        asyncio.run(_serve(config, kit, Coordinator(context, gate), show))
+        asyncio.run(_serve(config, kit, Coordinator(context, gate), enrolments, show))
 
 
 def audit_facts(config: FederationConfig, kit: Kit, roster: PinnedRoster) -> dict[str, Fact]:
@@ -179,7 +180,11 @@ def _vectors(limits: LimitsSection, sites: int) -> int:
 
 
 async def _serve(
-    config: FederationConfig, kit: Kit, hub: Coordinator, show: Callable[[str], None]
+    config: FederationConfig,
+    kit: Kit,
+    hub: Coordinator,
+    enrolments: Enrolments | None,
+    show: Callable[[str], None],
 ) -> None:
     probes = Probes(hub.sessions.gate)
     most = connection_limit(raise_descriptors(), len(config.listen))
@@ -193,7 +198,7 @@ async def _serve(
             LOG.info("metrics on http://%s:%d/metrics", ADDRESS, metrics)
         await server.start()
         await probes.begin()
-        async with enrolling(config, kit):
+        async with enrolling(config, kit, enrolments):
             show(f"coordinator of {config.name}: listening on {', '.join(addresses)} (port {port})")
             await _until_signal(hub, probes, server)
 

@@ -20,8 +20,8 @@ class CoordinatorContext:
     """What every job of a coordinator shares. clock: monotonic seconds; now: seconds since 1970.
 
     rosters: the newest roster; a job has its own, that of its submission. quota: what operators may submit. audit:
-    `audit.record(event, **facts)` appends a line to the coordinator's audit trail. retry_seconds: before a retry of
-    what the disk refused.
+    `audit.record(event, **facts)` appends a line to the coordinator's audit trail. certify: a certificate (PEM) for a
+    site and its CSR (DER), None where none are made; blocking. retry_seconds: before a retry of what the disk refused.
     """
 
     federation: str
@@ -33,6 +33,7 @@ class CoordinatorContext:
     limits: Limits
     quota: LimitsSection = field(default_factory=LimitsSection)
     audit: Recorder = field(default_factory=NoTrail)
+    certify: Callable[[str, bytes], bytes] | None = None
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     retry_seconds: float = 2.0

@@ -18,7 +18,7 @@ import socket
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from fedcore_server.authority_key import PASSPHRASE_VARIABLE, find_authority
@@ -26,10 +26,12 @@ from fedcore_server.config import FederationConfig
 from fedcore_server.federation import Enrolment, FederationFiles
 from fedcore_server.tls import listen_sockets
 
-from fedcore.errors import FedcoreError, printable
+from fedcore.audit.trail import NoTrail, Recorder
+from fedcore.errors import FedcoreError, Refused, printable
 from fedcore.identity.authority import Authority
 from fedcore.identity.joining import MOST_REQUEST, JoinRefused, JoinRequest
-from fedcore.identity.kit import Kit
+from fedcore.identity.kit import Kit, KitFile
+from fedcore.identity.peer import peer_of
 from fedcore.types import Json
 
 LOG = logging.getLogger("fedcore.coordinator.enrolment")
@@ -43,11 +45,14 @@ SECONDS = 15.0
 
 @dataclass
 class Enrolments:
-    """Answers requests to join. authority: None where its key is not open in this process, or joining is manual."""
+    """Answers requests to join, and to renew. authority: None where its key is not open in this process. automatic:
+    whether requests with a valid token are granted at once. audit: the coordinator's trail."""
 
     files: FederationFiles
     authority: Authority | None
     clock: Callable[[], datetime]
+    automatic: bool = True
+    audit: Recorder = field(default_factory=NoTrail)
 
     def answer(self, data: bytes) -> Json:
         """The answer to a request of any origin. Blocking: it waits for the federation's lock and reads files."""
@@ -56,16 +61,15 @@ class Enrolments:
             request = JoinRequest.parse(data)
             site = request.site
             found = self.files.ask(request, self.clock())
-            if found.state == "asked" and self.authority is not None:
+            if found.state == "asked" and self.automatic and self.authority is not None:
                 found = self.files.approve(site, self.authority, self.clock())
             return self._granted(found)
         except JoinRefused as refused:
             LOG.warning("site %s: refused to join (%s)", printable(site, 64), refused.word)
+            self._record("refused", site, refused.word)
             return {"state": "refused", "word": refused.word}
         except FedcoreError as error:
-            LOG.warning(
-                "site %s: its request to join was not answered: %s", printable(site, 64), error
-            )
+            LOG.warning("site %s: its request to join was not answered: %s", site, error)
             return {"state": "refused", "word": "busy"}
 
     def _granted(self, found: Enrolment) -> Json:
@@ -73,31 +77,61 @@ class Enrolments:
             LOG.warning(
                 "site %s asks to join and waits: fed-coordinator approve %s", found.site, found.site
             )
+            self._record("enrol", found.site, "waits")
             return {"state": "waiting"}
         answer = self.files.answer(found)
         if found.state == "approved":
             LOG.info("site %s joined: it is on roster %d", found.site, self.files.roster().number)
+        self._record("enrol", found.site, "joined", serial=found.serials[-1])
         return answer.to_json()
+
+    def renew(self, site: str, csr: bytes) -> bytes:
+        """A new certificate (PEM) for a site that is connected. Blocking. Raises Refused, JoinRefused."""
+        if self.authority is None:
+            raise Refused(
+                "renewal: found the authority's key not open at the coordinator, expected it open",
+                remedy="the operator renews by a file: fed-coordinator renew SITE --answer FILE",
+            )
+        found = self.files.renew(site, csr, self.authority, self.clock())
+        peer = peer_of(found.certificate)
+        LOG.info("site %s: its certificate is renewed, until %s", site, f"{peer.ends:%Y-%m-%d}")
+        self._record("enrol", site, "renewed", serial=peer.serial)
+        return found.certificate
+
+    def _record(self, event: str, site: str, decision: str, **facts: str) -> None:
+        self.audit.record(event, site=site, decision=decision, **facts)
+
+
+def open_enrolments(config: FederationConfig, audit: Recorder) -> Enrolments | None:
+    """What answers sites that join or renew; None without an `enrol_port`. Raises BadInput for a passphrase that does
+    not open the authority's key."""
+    if config.enrol_port is None:
+        return None
+    automatic, authority = config.enrolment.approval == "automatic", find_authority(config)
+    if authority is None:
+        LOG.warning(
+            "the authority's key is not open here, so requests to join wait for `fed-coordinator approve SITE` and "
+            "certificates are renewed by files; to open it, set passphrase_file under [enrolment], or $%s",
+            PASSPHRASE_VARIABLE,
+        )  # fmt: skip
+    return Enrolments(
+        FederationFiles(config), authority, lambda: datetime.now(UTC), automatic, audit
+    )
 
 
 @contextlib.asynccontextmanager
-async def enrolling(config: FederationConfig, kit: Kit) -> AsyncIterator[None]:
+async def enrolling(
+    config: FederationConfig, kit: Kit, enrolments: Enrolments | None
+) -> AsyncIterator[None]:
     """Let sites join while inside, where federation.toml has an `enrol_port`. Raises BadInput for a port that cannot be
-    bound, or a passphrase that does not open the authority's key."""
-    if config.enrol_port is None:
+    bound."""
+    if enrolments is None or config.enrol_port is None:
         yield
         return
-    authority = await asyncio.to_thread(find_authority, config)
-    grants = authority if config.enrolment.approval == "automatic" else None
-    enrolments = Enrolments(FederationFiles(config), grants, lambda: datetime.now(UTC))
     async with listening(enrolments, kit, config.listen, config.enrol_port) as port:
-        how = "are granted" if grants else "wait for `fed-coordinator approve SITE`"
+        granted = enrolments.automatic and enrolments.authority is not None
+        how = "are granted" if granted else "wait for `fed-coordinator approve SITE`"
         LOG.info("sites join at port %d; requests with a valid line %s", port, how)
-        if config.enrolment.approval == "automatic" and authority is None:
-            LOG.warning(
-                "approval is automatic, but the authority's key is not open here: set passphrase_file under "
-                "[enrolment], or $%s; until then requests wait", PASSPHRASE_VARIABLE,
-            )  # fmt: skip
         yield
 
 
@@ -108,6 +142,7 @@ async def listening(
     """Serve requests while inside; the port (a free one for 0). Raises BadInput where it cannot be bound."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    kits = KitFile(kit)
     context.load_cert_chain(kit.certificate_path, kit.key_path, password="")  # never asks
     context.num_tickets = 0
     sockets = listen_sockets(hosts, port)
@@ -117,6 +152,8 @@ async def listening(
 
     async def exchange(connection: socket.socket, address: str) -> None:
         try:
+            if kits.refresh():
+                context.load_cert_chain(kit.certificate_path, kit.key_path, password="")
             async with asyncio.timeout(SECONDS):
                 await _exchange(enrolments, context, connection)
         except (OSError, EOFError, TimeoutError) as error:

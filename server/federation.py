@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
+from cryptography.hazmat.primitives.asymmetric import ec
 from fedcore_server.config import FederationConfig
 
 from fedcore.errors import BadInput, Refused, UnknownName
@@ -30,7 +31,7 @@ from fedcore.files.lock import FileLock
 from fedcore.identity.authority import Authority
 from fedcore.identity.joining import JoinAnswer, JoinLine, JoinRefused, JoinRequest, read_csr
 from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, Kit, read_limited
-from fedcore.identity.peer import Peer, check_sites, peer_of
+from fedcore.identity.peer import Peer, check_sites, peer_of, read_certificate
 from fedcore.identity.revocation import EMPTY
 from fedcore.identity.signed_roster import SignedRoster, read_pins
 from fedcore.identity.verify import fingerprint
@@ -198,13 +199,24 @@ class FederationFiles:
     ) -> JoinAnswer:
         """A new certificate for a site that joined. csr: DER, for a new key; None: for the key it has.
 
-        Raises Refused for a site that has not joined, JoinRefused for a CSR that is malformed or another's.
+        A site that asks again soon, because the answer was lost, gets the same certificate. Raises Refused for a site
+        that has not joined, or asks with another key soon; JoinRefused for a CSR that is malformed or another's.
         """
         with self._locked():
             found = self.enrolment(site)
-            if found.state not in ("approved", "joined"):
+            newest = found.peer
+            if newest is None or found.state not in ("approved", "joined"):
                 raise Refused(f"site {site!r}: found it {found.state}, expected one that joined")
-            public = read_csr(found.asked.csr if csr is None else csr, site)
+            held = read_certificate(found.certificate.encode()).public_key()
+            public = held if csr is None else read_csr(csr, site)
+            assert isinstance(public, ec.EllipticCurvePublicKey)
+            if csr is not None and newest.ends - now > (newest.ends - newest.begins) / 2:
+                if public == held:
+                    return self._answer(found)
+                raise Refused(
+                    f"site {site!r}: found a certificate in the first half of its time, expected one that ends soon",
+                    remedy="for a key that was lost or read by others: fed-coordinator revoke, then invite again",
+                )
             pem = authority.certify(
                 public, "site", site, now, days=self.config.enrolment.certificate_days
             )

@@ -36,7 +36,7 @@ _HERE = Path("federation.toml")
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands to a program."""
-    for command in (init, invite, sites, roster, approve, revoke):
+    for command in (init, invite, sites, roster, approve, revoke, renew):
         app.command()(command)
 
 
@@ -230,6 +230,62 @@ def revoke(
         echo(
             "the roster still lists it: where the authority is, run `fed-coordinator roster --sign --authority FOLDER`"
         )
+
+
+def renew(
+    site: Annotated[
+        str, typer.Argument(help="The site; without one: the coordinator and the operator.")
+    ] = "",
+    answer: Annotated[
+        Path | None, typer.Option("--answer", help="Write a site's new certificate to this file.")
+    ] = None,
+    host: Annotated[
+        list[str] | None,
+        typer.Option("--host", help="A further name or address of the coordinator; repeatable."),
+    ] = None,
+    days: Annotated[
+        float, typer.Option("--days", min=1, max=3650, help="Of coordinator and operator.")
+    ] = 365,
+    config: Config = _HERE,
+    authority: AuthorityFolder = None,
+    passphrase_file: Passphrase = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make new certificates, for the keys in use. Sites renew their own by themselves."""
+    from datetime import UTC, datetime
+
+    from fedcore.errors import BadInput
+    from fedcore.files import write_json
+    from fedcore.identity.peer import peer_of
+
+    if bool(site) != (answer is not None):
+        raise BadInput(
+            f"renew: found {'no --answer FILE' if site else 'no site'}, expected both or neither",
+            remedy="fed-coordinator renew SITE --answer FILE, for a site whose certificate was not renewed by itself",
+        )
+    files, now = _files(config), datetime.now(UTC)
+    opened = _authority(files, authority, passphrase_file)
+    if answer is not None:
+        found = files.renew(site, None, opened, now)
+        write_json(answer, found.to_json())
+        renewed = [peer_of(found.certificate)]
+    else:
+        renewed = files.renew_own(opened, host or [], now, days)
+    if as_json:
+        emit(
+            {
+                "renewed": [
+                    {"party": f"{p.role} {p.name}", "until": p.ends.isoformat()} for p in renewed
+                ]
+            }
+        )
+        return
+    for peer in renewed:
+        echo(f"{peer}: until {peer.ends:%Y-%m-%d}")
+    if answer is not None:
+        echo(f"wrote {answer}, for the site: fed-site join --answer FILE")
+    else:
+        echo("a running coordinator shows the new certificate from its next connection on")
 
 
 def _files(config: Path) -> FederationFiles:

@@ -56,6 +56,7 @@ def handlers(hub: Coordinator) -> list[grpc.GenericRpcHandler]:
             door.unary(calls.CHECK, sites.check),
             door.unary(calls.UPLOAD_OFFSET, transfers.upload_offset),
             door.stream(calls.DOWNLOAD, transfers.download),
+            door.unary(calls.RENEW, sites.renew),
         ],
         calls.OPERATORS: [
             door.unary(calls.SUBMIT, operators.submit), door.unary(calls.JOBS, operators.jobs),

@@ -158,8 +158,8 @@ enrol_port = {enrol_port}            # sites that join, without certificates yet
 host = "{host}"              # by which sites reach this machine; stands in join lines
 approval = "{approval}"      # "automatic": a valid join line is enough; "manual": `fed-coordinator approve SITE`
 authority = "authority"
-certificate_days = 90        # how long a site's certificate is valid
-# For automatic approval the serving process opens the authority's key, with a passphrase from
+certificate_days = 90        # of a site's certificate, which is renewed by itself before it ends
+# For automatic approval and renewal the serving process opens the authority's key, with a passphrase from
 # $FEDCORE_AUTHORITY_PASSPHRASE or from this file (mode 0600). Without one, requests wait for `approve`.
 # passphrase_file = "/run/secrets/authority-passphrase"
 """

@@ -13,7 +13,14 @@ from fedcore_server.coordinator import Coordinator
 from fedcore_server.job_runner import JobRunner
 from fedcore_server.sessions import SiteSession
 
-from fedcore.errors import BadInput, MalformedMessage, PeerRefused, StoreProblem, VersionRefused
+from fedcore.errors import (
+    BadInput,
+    MalformedMessage,
+    PeerRefused,
+    Refused,
+    StoreProblem,
+    VersionRefused,
+)
 from fedcore.identity.peer import Peer
 from fedcore.secagg.protocol.job.coordinator.events import MessageReceived, SiteConnected
 from fedcore.store.spool import IncomingUpload, Stored
@@ -152,6 +159,16 @@ class SiteApi:
                 self._sessions.note("connect", site=name, word="ends")
                 LOG.info("site %s: session over", name)
                 self._hub.changed()
+
+    async def renew(self, peer: Peer, asked: frames.RenewRequest) -> frames.RenewReply:
+        """A new certificate for the site that asks. Raises Refused where none are made, or for another's name."""
+        certify = self._hub.context.certify
+        if certify is None:
+            raise Refused(
+                "renewal: found a coordinator that makes no certificates, expected one with an enrol_port",
+                remedy="ask the operator for a new certificate",
+            )
+        return frames.RenewReply(await asyncio.to_thread(certify, peer.name, asked.csr))
 
     async def _read(
         self, name: SiteId, session: SiteSession, requests: AsyncIterator[bytes]

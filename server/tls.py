@@ -22,7 +22,7 @@ import grpc
 import grpc.aio
 
 from fedcore.errors import BadInput, CertificateRefused, PeerRefused, printable
-from fedcore.identity.kit import Kit
+from fedcore.identity.kit import Kit, KitFile
 from fedcore.identity.peer import (
     Peer,
     peer_of,
@@ -43,13 +43,24 @@ ServicerContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def server_credentials(kit: Kit) -> grpc.ServerCredentials:
-    """TLS with this certificate, for clients with one of the same authority only. Raises CertificateRefused for a kit
-    that is not a coordinator's."""
+    """TLS with this certificate, for clients with one of the same authority only; a renewed one is used for new
+    connections. Raises CertificateRefused for a kit that is not a coordinator's."""
     require_role(kit.peer, ["coordinator"])
-    return grpc.ssl_server_credentials(
-        [(kit.key_pem.reveal(), kit.certificate_pem)],
-        root_certificates=kit.authority_pem,
-        require_client_auth=True,
+    kits = KitFile(kit)
+
+    def newest() -> grpc.ServerCertificateConfiguration:
+        """Called by gRPC at each handshake, in a thread of its own."""
+        kits.refresh()
+        return _certificate(kits.current)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _certificate(kit), newest, require_client_authentication=True
+    )
+
+
+def _certificate(kit: Kit) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(kit.key_pem.reveal(), kit.certificate_pem)], root_certificates=kit.authority_pem
     )
 
 

@@ -6,11 +6,12 @@ overwritten, and is written atomically. A kit whose key does not belong to its c
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -19,10 +20,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
-from fedcore.errors import AlreadyExists, BadInput, CertificateRefused
+from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, FedcoreError
+from fedcore.files import stamp_of
 from fedcore.identity.peer import Peer, peer_of, read_certificate
 from fedcore.identity.verify import check_certificate
 from fedcore.secagg.crypto.secret import SecretBytes
+
+LOG = logging.getLogger("fedcore.identity")
 
 AUTHORITY_FILE = "authority.pem"
 CERTIFICATE_FILE = "certificate.pem"
@@ -76,6 +80,41 @@ class Kit:
         check_certificate(
             self.certificate_pem, authority, federation=federation, role=role, now=now
         )
+
+
+class KitFile:
+    """A kit whose files may be replaced while a process runs; `current` is the one to use for new connections."""
+
+    def __init__(self, kit: Kit) -> None:
+        self.current = kit
+        self._stamp = stamp_of(kit.certificate_path)
+
+    def refresh(self) -> bool:
+        """Reload the kit if its certificate's file changed; True if it did. Costs one stat.
+
+        A kit that cannot be loaded, or is of another party, is logged once and changes nothing.
+        """
+        before = self.current
+        stamp = stamp_of(before.certificate_path)
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp  # before reading: a change while reading is seen next time
+        try:
+            found = Kit.load(before.certificate_path.parent)
+            found.check(before.peer.role, datetime.now(UTC))
+        except FedcoreError as error:
+            LOG.error("%s; the certificate read before stays in use", error)  # noqa: TRY400 - one line
+            return False
+        if (found.peer.role, found.peer.name) != (before.peer.role, before.peer.name):
+            LOG.error(
+                "%s: found it of %s; the one before stays in use",
+                before.certificate_path,
+                found.peer,
+            )
+            return False
+        self.current = found
+        LOG.info("new certificate of %s, until %s", found.peer, f"{found.peer.ends:%Y-%m-%d %H:%M}")
+        return True
 
 
 def read_key(path: Path) -> PrivateKeyTypes:

@@ -59,6 +59,7 @@ UPLOAD_OFFSET = Call(
 DOWNLOAD = Call(
     COORDINATOR, "Download", alone(frames.DownloadStart), frames.DOWNLOAD, _SITES, gives_stream=True
 )
+RENEW = Call(COORDINATOR, "Renew", alone(frames.RenewRequest), alone(frames.RenewReply), _SITES)
 
 SUBMIT = Call(
     OPERATORS, "Submit", alone(frames.SubmitRequest), alone(frames.SubmitReply), _OPERATORS

@@ -251,6 +251,20 @@ class DownloadHead:
 
 
 @dataclass(frozen=True)
+class RenewRequest:
+    """A site asks for a new certificate. csr: PKCS10, DER, for the key that it has or for a new one."""
+
+    csr: Annotated[bytes, limits.length(1, 4 * KIB)]
+
+
+@dataclass(frozen=True)
+class RenewReply:
+    """The certificate, PEM."""
+
+    certificate: Annotated[bytes, limits.length(1, 8 * KIB)]
+
+
+@dataclass(frozen=True)
 class SmallUpload:
     """A whole vector in one frame; answered with an UploadReceipt in the session."""
 

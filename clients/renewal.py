@@ -1,0 +1,86 @@
+"""This site's certificate, renewed before it ends and taken into use without a restart.
+
+When a third of its time is left, the session asks the coordinator for a new one (call `Renew`), for the same key. What
+comes is checked and written over certificate.pem; so is what an operator's file brings (`fed-site join --answer`). A
+changed file is taken into use by a new session, between two rounds if there is time.
+
+Invariant: a certificate is used only after every check, for this site and its own key; the one before stays in use
+otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import grpc.aio
+from cryptography.hazmat.primitives.asymmetric import ec
+from fedcore_clients.session import Offline, Session
+
+from fedcore.errors import BadInput, FedcoreError, printable
+from fedcore.files import write_atomic
+from fedcore.identity.joining import check_own, make_csr
+from fedcore.identity.kit import Kit, KitFile, read_key
+from fedcore.identity.peer import peer_of
+from fedcore.wire import calls, frames
+from fedcore.wire.refusals import told
+
+LOG = logging.getLogger("fedcore.site")
+
+CHECK_SECONDS = 1.0
+RETRY = timedelta(hours=1)
+"""After a renewal that was refused or failed; less where the certificate ends sooner."""
+
+
+class Renewal:
+    """One site's. busy: whether a job is in a round now."""
+
+    def __init__(self, kit: Kit, session: Session, busy: Callable[[], bool]) -> None:
+        self._kits, self._session, self._busy = KitFile(kit), session, busy
+        self._not_before = datetime.min.replace(tzinfo=UTC)
+
+    async def run(self) -> None:
+        """Look every second, until cancelled."""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            try:
+                await self.step(datetime.now(UTC))
+            except (FedcoreError, OSError) as error:
+                LOG.warning("certificate not renewed: %s", error)
+
+    async def step(self, now: datetime) -> None:
+        """Ask for a new certificate if it is time, and take a new one into use. Raises FedcoreError, OSError."""
+        session = self._session
+        if self._kits.refresh() or session.kit is not self._kits.current:
+            left, life = _time(session.kit, now)
+            if not self._busy() or left < life / 10:
+                await session.use(self._kits.current)
+            return
+        left, life = _time(self._kits.current, now)
+        if left < life / 3 and now >= self._not_before and session.since is not None:
+            self._not_before = now + min(RETRY, max(left / 20, timedelta(seconds=1)))
+            await self._renew(now)
+
+    async def _renew(self, now: datetime) -> None:
+        kit = self._kits.current
+        site, key = kit.peer.name, read_key(kit.key_path)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise BadInput(f"{kit.key_path}: found a key of another kind, expected EC P-256")
+        try:
+            reply = await self._session.ask(calls.RENEW, frames.RenewRequest(make_csr(site, key)))
+        except Offline:
+            return
+        except grpc.aio.AioRpcError as error:
+            found = told(error.code().name, error.details() or "")
+            raise found or BadInput(f"renewal: {printable(error.details() or '')}") from None
+        check_own(reply.certificate, kit.authority_pem, site, key.public_key(), now)
+        if peer_of(reply.certificate).ends <= kit.peer.ends:
+            raise BadInput("renewal: found a certificate that ends no later, expected a longer one")
+        write_atomic(kit.certificate_path, reply.certificate)
+
+
+def _time(kit: Kit, now: datetime) -> tuple[timedelta, timedelta]:
+    """What is left of a certificate's time, and all of it."""
+    return kit.peer.ends - now, kit.peer.ends - kit.peer.begins
