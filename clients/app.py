@@ -29,6 +29,7 @@ from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.offers import APPROVALS, offer_digest
 from fedcore_clients.policy import SITE_FILE, SitePolicy
 from fedcore_clients.policy_file import PolicyFile
+from fedcore_clients.receipts import Receipts
 from fedcore_clients.renewal import Renewal
 from fedcore_clients.rosters import (
     APPROVED,
@@ -73,6 +74,7 @@ from fedcore.wire.frames import (
     RosterSeen,
     SmallDownload,
     Task,
+    TrailReceipt,
     Waiting,
 )  # fmt: skip
 from fedcore.wire.records import TO_SITE, unpack_record
@@ -145,6 +147,9 @@ class Site:
         self.session = Session(
             kit, config, self._hello, self._on_frame, self._on_connected, JobGate(self.jobs)
         )
+        self.receipts = Receipts(
+            context.audit, context.folder, kit, self.session.ask_receipt, context.clock
+        )
 
     def restore(self) -> None:
         """The jobs of the journal."""
@@ -176,6 +181,7 @@ class Site:
                 )  # fmt: skip
             where, software = self.session.coordinator, welcome.software
             self._note("connect", to=where, software=software)
+        self.receipts.ask()
         for found in self.jobs.values():
             found.connected()
 
@@ -185,6 +191,8 @@ class Site:
                 self.session.roster_seen(self.rosters.take(document))
             case JobRoster():
                 self.rosters.name(frame)
+            case TrailReceipt():
+                self.receipts.take(frame)
             case Record():
                 message = unpack_record(frame, TO_SITE, sender="coordinator")
                 if isinstance(message, job.JobOffer):
@@ -391,6 +399,7 @@ class Site:
     async def _keep_status(self) -> None:
         while True:
             self._write_status()
+            self.receipts.tick()
             await asyncio.sleep(1.0)
 
     def _write_status(self, *, running: bool = True) -> None:

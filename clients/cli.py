@@ -358,15 +358,24 @@ def model(
 def _trail(config: Path) -> TrailPlace:
     from fedcore_clients.config import read_config
 
+    from fedcore.audit.evidence import Federation
     from fedcore.audit.keys import site_key
-    from fedcore.identity.identities import read_roster
+    from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, read_limited
+    from fedcore.identity.peer import peer_of
+    from fedcore.identity.signed_roster import read_pins
     from fedcore.types import SiteId
 
     found = read_config(config)
-    pinned = read_roster(found.roster).get(SiteId(found.site))
+    authority = read_limited(found.kit / AUTHORITY_FILE)
+    federation = peer_of(read_limited(found.kit / CERTIFICATE_FILE)).federation
+    pins, _ = read_pins(found.roster, authority, federation)
+    pinned = pins.get(SiteId(found.site))
     if pinned is None:
         raise BadInput(f"roster: found no site {found.site!r} on it, expected its identity key")
-    return TrailPlace(found.folder, f"site {found.site}", lambda _: {site_key(pinned)})
+    return TrailPlace(
+        found.folder, f"site {found.site}", lambda _: {site_key(pinned)},
+        Federation(federation, authority, pins, found.site),
+    )  # fmt: skip
 
 
 app.add_typer(audit_commands(_trail, _HERE), name="audit")

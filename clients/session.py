@@ -62,7 +62,8 @@ OPTIONS = (
 )
 
 ForJobs = (
-    frames.Record | frames.SmallDownload | frames.Waiting | frames.Roster | frames.JobRoster
+    frames.Record | frames.SmallDownload | frames.Waiting | frames.Roster | frames.JobRoster |
+    frames.TrailReceipt
 )  # fmt: skip
 """The frames that the session passes on."""
 
@@ -321,6 +322,10 @@ class Session:
             LOG.error("job %s: %s; hint: %s", job, refused, refused.remedy)  # noqa: TRY400 - one line
             return
         self._put(record)
+
+    def ask_receipt(self, head: frames.TrailHead) -> None:
+        """Have the end of the audit trail confirmed, if there is a session."""
+        self._put(head)
 
     def doing(self, job: str, what: str) -> None:
         """Send what this site is doing, if there is a session and if it lasts."""

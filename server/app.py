@@ -21,6 +21,7 @@ from fedcore_server.enrolment import Enrolments, enrolling, open_enrolments
 from fedcore_server.folding import FoldPool
 from fedcore_server.grpc_service import handlers
 from fedcore_server.probes import ADDRESS, Probes, serve_metrics
+from fedcore_server.receipts import Receipts
 from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 
 import fedcore
@@ -98,12 +99,11 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
     revoked = Revocations(config.revoked)
     limits = config.limits
     close_to_others(config.folder, OWN_FILES)
+    signer = CoordinatorSigner(kit)
     with (
         _folder_lock(config),
         open_journal(config, kit, show) as journal,
-        AuditTrail.open(
-            config.folder, CoordinatorSigner(kit), audit_facts(config, kit, rosters.current)
-        ) as audit,
+        AuditTrail.open(config.folder, signer, audit_facts(config, kit, rosters.current)) as audit,
         FoldPool(limits.fold_workers, config.folder / "spool" / ".sums") as pool,
     ):
         enrolments = open_enrolments(config, audit)
@@ -114,7 +114,8 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
                 limits.stage_seconds, limits.gather_seconds, limits.minimum_sites,
                 limits.grace_seconds, limits.enough_seconds, _vectors(limits, len(rosters)),
             ),
-            limits, audit, certify=enrolments.renew if enrolments is not None else None,
+            limits, audit, Receipts(audit, signer, config.name),
+            enrolments.renew if enrolments is not None else None,
         )  # fmt: skip
         gate = Gate(
             config.name, rosters, revoked, lambda: datetime.now(UTC),

@@ -238,13 +238,17 @@ def _trail(config: Path) -> TrailPlace:
     from fedcore_server.config import read_config
 
     from fedcore.audit.authority import coordinator_keys
+    from fedcore.audit.evidence import COORDINATOR, Federation
     from fedcore.identity.kit import AUTHORITY_FILE, read_limited
+    from fedcore.identity.signed_roster import read_pins
 
     found = read_config(config)
     authority = read_limited(found.kit / AUTHORITY_FILE)
+    pins, _ = read_pins(found.roster, authority, found.name)
     return TrailPlace(
         found.folder, f"coordinator of {found.name}",
         lambda data: coordinator_keys(data, authority, found.name),
+        Federation(found.name, authority, pins, COORDINATOR),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedcore_server.config import LimitsSection
 from fedcore_server.folding import FoldPool
+from fedcore_server.receipts import Receipts
 
 from fedcore.audit.trail import NoTrail, Recorder
 from fedcore.identity.roster import RosterFile
@@ -20,8 +21,9 @@ class CoordinatorContext:
     """What every job of a coordinator shares. clock: monotonic seconds; now: seconds since 1970.
 
     rosters: the newest roster; a job has its own, that of its submission. quota: what operators may submit. audit:
-    `audit.record(event, **facts)` appends a line to the coordinator's audit trail. certify: a certificate (PEM) for a
-    site and its CSR (DER), None where none are made; blocking. retry_seconds: before a retry of what the disk refused.
+    `audit.record(event, **facts)` appends a line to the coordinator's audit trail. receipts: for those of the sites.
+    certify: a certificate (PEM) for a site and its CSR (DER), None where none are made; blocking. retry_seconds: before
+    a retry of what the disk refused.
     """
 
     federation: str
@@ -33,6 +35,7 @@ class CoordinatorContext:
     limits: Limits
     quota: LimitsSection = field(default_factory=LimitsSection)
     audit: Recorder = field(default_factory=NoTrail)
+    receipts: Receipts | None = None
     certify: Callable[[str, bytes], bytes] | None = None
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time

@@ -239,6 +239,11 @@ class SiteApi:
                     sites = len(found.facts.sites)
                     message = unpack_record(frame, table, sender=name, sites=sites)
                     found.put(MessageReceived(name, message))
+            case frames.TrailHead():
+                receipts = self._hub.context.receipts
+                receipt = receipts.confirm(name, frame) if receipts is not None else None
+                if receipt is not None:
+                    session.put(receipt)
             case frames.Doing(job, what):
                 if job in jobs:
                     jobs[job].doing(name, what)

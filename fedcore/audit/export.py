@@ -7,10 +7,11 @@ collector's copy shows later what the trail was.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
+from datetime import datetime
 
 from fedcore import __version__
-from fedcore.audit.lines import EVENTS, Fact, Line, line_hash
+from fedcore.audit.lines import EVENTS, Fact, Line, line_hash, text_of
 
 FORMATS = ("jsonl", "cef", "syslog")
 
@@ -25,43 +26,36 @@ _SD_ID = "fedcore@32473"
 """32473 is the enterprise number for examples (RFC 5612): this project has none."""
 
 _CEF_KEYS = {
-    "job": "cs1",
-    "certificate": "cs2",
-    "plan": "cs3",
-    "purpose": "cs4",
-    "reason": "reason",
-    "bytes": "out",
-}
+    "job": "cs1", "certificate": "cs2", "plan": "cs3", "purpose": "cs4", "reason": "reason", "bytes": "out",
+}  # fmt: skip
+"""Facts that have a key in CEF's dictionary; the others get one of their own."""
+
+_LONG = {"key", "certificate", "header"}
+"""Facts that no table shows."""
 
 
-def exported(lines: Sequence[Line], form: str, host: str = "-") -> Iterator[str]:
-    """The lines in one of `FORMATS`. host: the machine's name, for syslog."""
-    party = ""
+def exported(lines: Iterable[Line], form: str, party: str, host: str) -> Iterator[str]:
+    """The lines in one of `FORMATS`. party: whose trail it is; host: the machine's name."""
     for line in lines:
-        if line.event == "opened":
-            party = str(line.facts.get("party", ""))
         if form == "jsonl":
             yield line.to_bytes().decode()
         elif form == "cef":
-            yield _cef(line, party)
+            yield _cef(line, party, host)
         else:
             yield _syslog(line, party, host)
 
 
 def in_words(line: Line) -> str:
-    """The facts of a line for a table."""
-    shown = {
-        name: value for name, value in line.facts.items() if name not in ("key", "certificate")
-    }
-    text = ", ".join(f"{name} {_short(name, value)}" for name, value in shown.items())
+    """A line for a table: what it is about, then its facts; digests are cut to 16 digits."""
+    facts = dict(line.facts)
+    words = [text_of(facts.pop(name)) for name in ("word", "what", "call") if name in facts]
+    if "purpose" in facts:
+        words.append(f"of {text_of(facts.pop('purpose'))}, round {facts.pop('round', 0)}")
+        facts.pop("number", None)
+    shown = {n: text for n, v in facts.items() if n not in _LONG and (text := _short(n, v))}
+    words += [f"{name.replace('_', ' ')} {text}" for name, text in shown.items()]
+    text = f"{EVENTS.get(line.event, line.event)}: {', '.join(words)}"
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def text_of(value: Fact) -> str:
-    """A fact as one text."""
-    if isinstance(value, str):
-        return value
-    return str(value) if isinstance(value, int) else ",".join(value)
 
 
 def _short(name: str, value: Fact) -> str:
@@ -71,37 +65,26 @@ def _short(name: str, value: Fact) -> str:
     return f"{value:,}" if name == "bytes" and isinstance(value, int) else text
 
 
-def _about(line: Line, party: str) -> Mapping[str, str]:
-    facts = {name: text_of(value) for name, value in line.facts.items()}
-    return {
-        "number": str(line.sequence),
-        "hash": line_hash(line.to_bytes()),
-        "party": party,
-        **facts,
-    }
+def _about(line: Line) -> dict[str, str]:
+    return {name: text_of(value) for name, value in line.facts.items()}
 
 
-def _cef(line: Line, party: str) -> str:
+def _cef(line: Line, party: str, host: str) -> str:
     """`CEF:0|vendor|product|version|id|name|severity|extension`: in the header `\\` and `|` are escaped, in the
     extension `\\`, `=` and line breaks."""
-    level = _CEF_SEVERITY[_SEVERE.get(line.event, _NOTICE)]
-    header = (
-        "Fedcore",
-        "fedcore",
-        __version__,
-        line.event,
-        EVENTS.get(line.event, line.event),
-        str(level),
-    )
+    name, level = EVENTS.get(line.event, line.event), _SEVERE.get(line.event, _NOTICE)
+    header = ("Fedcore", "fedcore", __version__, line.event, name, str(_CEF_SEVERITY[level]))
     head = "|".join(re.sub(r"([\\|])", r"\\\1", " ".join(part.split())) for part in header)
-    pairs = {"rt": line.time, "externalId": str(line.sequence), "dvchost": party}
-    for name, value in _about(line, party).items():
-        if name in ("number", "party"):
-            continue
-        key = _CEF_KEYS.get(name, f"fedcore{name.replace('_', ' ').title().replace(' ', '')}")
+    when = round(datetime.fromisoformat(line.time).timestamp() * 1000)
+    pairs = {
+        "rt": str(when), "dvchost": host, "externalId": str(line.sequence), "fedcoreParty": party,
+        "fedcoreLineHash": line_hash(line.to_bytes()),
+    }  # fmt: skip
+    for fact, value in _about(line).items():
+        key = _CEF_KEYS.get(fact, f"fedcore{fact.replace('_', ' ').title().replace(' ', '')}")
         pairs[key] = value
         if key.startswith("cs"):
-            pairs[f"{key}Label"] = name
+            pairs[f"{key}Label"] = fact
     return f"CEF:0|{head}|" + " ".join(f"{key}={_cef_value(value)}" for key, value in pairs.items())
 
 
@@ -113,7 +96,10 @@ def _cef_value(text: str) -> str:
 def _syslog(line: Line, party: str, host: str) -> str:
     """RFC 5424: priority, version, time, host, program, process, message id, structured data, text."""
     priority = 8 * _FACILITY + _SEVERE.get(line.event, _NOTICE)
-    pairs = " ".join(f'{name}="{_param(value)}"' for name, value in _about(line, party).items())
+    about = {
+        "line": str(line.sequence), "lineHash": line_hash(line.to_bytes()), "party": party,
+    } | _about(line)  # fmt: skip
+    pairs = " ".join(f'{name}="{_param(value)}"' for name, value in about.items())
     text = EVENTS.get(line.event, line.event)
     return (
         f"<{priority}>1 {line.time} {_name(host, 255)} fedcore - {_name(line.event, 32)} "

@@ -120,6 +120,13 @@ def stamp(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{int(seconds * 1000) % 1000:03d}Z"
 
 
+def text_of(value: Fact) -> str:
+    """A fact as one text."""
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int) else ",".join(value)
+
+
 def _fact(name: str, value: object) -> Fact:
     if isinstance(value, str):
         return str(value)[:LONGEST]

@@ -48,6 +48,11 @@ class Recorder(Protocol):
         """Flush what was recorded to disk. Raises StoreProblem."""
         ...
 
+    @property
+    def head(self) -> tuple[int, str]:
+        """Number and hash of the last line; 0 and zeros without one."""
+        ...
+
 
 class NoTrail:
     """Records nothing."""
@@ -58,6 +63,11 @@ class NoTrail:
 
     def sync(self) -> None:
         """Nothing to flush."""
+
+    @property
+    def head(self) -> tuple[int, str]:
+        """Of no line."""
+        return 0, NOTHING
 
 
 class AuditTrail:
@@ -148,6 +158,17 @@ class AuditTrail:
             data = signed_line(body, self._signer.sign(LABEL, body))
             self._append(data + b"\n")
             self.sequence, self.hash = self.sequence + 1, line_hash(data)
+
+    @property
+    def head(self) -> tuple[int, str]:
+        """Number and hash of the last line."""
+        with self._busy:
+            return self.sequence, self.hash
+
+    def read(self) -> bytes:
+        """All lines. Raises StoreProblem."""
+        with self._busy, refusals("audit", self._path):
+            return self._path.read_bytes()
 
     def _append(self, data: bytes) -> None:
         if self._handle < 0:

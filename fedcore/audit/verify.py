@@ -35,6 +35,15 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class Witness:
+    """A round of which the trail must have a line. header: digest of its header, hex; time: of the release, UTC."""
+
+    header: str
+    time: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Verdict:
     """lines: of the file; head: number and hash of the last one; proven: number of the last line that a receipt
     confirms, 0 without; findings: what is wrong, in the order of the file."""
@@ -57,6 +66,8 @@ class _Reader:
     """How many lines just before cannot be believed; each stands for a number, or was inserted."""
     lines: list[Line] = field(default_factory=list)
     numbers: dict[int, tuple[int, str]] = field(default_factory=dict)
+    places: list[int] = field(default_factory=list)
+    """Of `lines`: where each is in the file."""
     findings: list[Finding] = field(default_factory=list)
 
     def take(self, number: int, raw: bytes) -> None:
@@ -77,6 +88,7 @@ class _Reader:
         self._place(number, line)
         self.key, self.sequence, self.hash, self.bad = key, line.sequence, digest, 0
         self.lines.append(line)
+        self.places.append(number)
         self.numbers.setdefault(line.sequence, (number, digest))
 
     def _place(self, number: int, line: Line) -> None:
@@ -101,7 +113,12 @@ class _Reader:
         self.findings.append(Finding(number, what))
 
 
-def verify(data: bytes, trusted: Collection[str], anchors: Iterable[Anchor] = ()) -> Verdict:
+def verify(
+    data: bytes,
+    trusted: Collection[str],
+    anchors: Iterable[Anchor] = (),
+    witnesses: Iterable[Witness] = (),
+) -> Verdict:
     """Check a trail's bytes. trusted: the keys that may have signed it, as `opened` lines name them."""
     whole, _, rest = data.rpartition(b"\n")
     rows = whole.split(b"\n") if whole else []
@@ -112,7 +129,8 @@ def verify(data: bytes, trusted: Collection[str], anchors: Iterable[Anchor] = ()
         what = "cut off, or still being written: it does not end with a line feed"
         reader.findings.append(Finding(len(rows) + 1, what))
     proven, found = _anchored(reader, len(rows) + bool(rest), anchors)
-    findings = tuple(sorted([*reader.findings, *found], key=lambda each: each.line))
+    missing = _missing(reader, len(rows) + bool(rest), witnesses)
+    findings = tuple(sorted([*reader.findings, *found, *missing], key=lambda each: each.line))
     return Verdict(tuple(reader.lines), (reader.sequence, reader.hash), proven, findings)
 
 
@@ -132,6 +150,25 @@ def _anchored(reader: _Reader, lines: int, anchors: Iterable[Anchor]) -> tuple[i
                 Finding(lines + 1, f"cut off: {missing} missing, which {anchor.source} confirms")
             )
     return proven, findings
+
+
+def _missing(reader: _Reader, lines: int, witnesses: Iterable[Witness]) -> list[Finding]:
+    """The rounds without a line. Those before the trail began are none of it."""
+    headers = {line.facts.get("header") for line in reader.lines}
+    found = []
+    for witness in witnesses:
+        if witness.header in headers or not reader.lines or witness.time < reader.lines[0].time:
+            continue
+        later = (
+            place for line, place in zip(reader.lines, reader.places, strict=True)
+            if line.time > witness.time
+        )  # fmt: skip
+        found.append(
+            Finding(
+                next(later, lines + 1), f"before it no line of a round is there: {witness.source}"
+            )
+        )
+    return found
 
 
 def _unknown(key: str, line: Line) -> str:

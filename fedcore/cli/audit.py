@@ -14,6 +14,7 @@ from fedcore.cli.console import echo, emit
 from fedcore.errors import EXIT_REFUSED, BadInput, Refused
 
 if TYPE_CHECKING:
+    from fedcore.audit.evidence import Federation
     from fedcore.audit.lines import Line
     from fedcore.audit.verify import Verdict
     from fedcore.types import Json
@@ -26,11 +27,12 @@ _MOST = 20
 
 @dataclass(frozen=True)
 class TrailPlace:
-    """A party's trail. trusted: from its bytes, the keys that may have signed it."""
+    """A party's trail. trusted: from its bytes, the keys that may have signed it; federation: for other files."""
 
     folder: Path
     party: str
     trusted: Callable[[bytes], set[str]]
+    federation: Federation
 
     def read(self) -> bytes:
         """The bytes of the trail. Raises BadInput."""
@@ -51,10 +53,26 @@ def audit_commands(place: Callable[[Path], TrailPlace], default: Path) -> typer.
     app = typer.Typer(help="Check, read and export the audit trail, offline.", no_args_is_help=True)
 
     @app.command()
-    def verify(config: Config = default, as_json: AsJson = False) -> None:
+    def verify(
+        config: Config = default,
+        receipts: Annotated[
+            list[Path] | None,
+            typer.Option(
+                "--receipts",
+                help="Receipts, or the trail of another party, that confirm this one; repeatable.",
+            ),
+        ] = None,
+        key: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--key", help="An earlier key of this party, as its lines name it: ed25519:HEX."
+            ),
+        ] = None,
+        as_json: AsJson = False,
+    ) -> None:
         """Check every line. Names the line where one was changed, deleted, moved, inserted or cut off."""
         found = place(config)
-        _told(found, _verdict(found), as_json)
+        _told(found, _verdict(found, receipts or [], set(key or [])), as_json)
 
     @app.command()
     def show(
@@ -86,17 +104,23 @@ def audit_commands(place: Callable[[Path], TrailPlace], default: Path) -> typer.
 
         if form not in FORMATS:
             raise UnknownName("--format", form, FORMATS)
-        for text in exported(_wanted(place(config), job, since), form, socket.gethostname()):
+        found = place(config)
+        for text in exported(_wanted(found, job, since), form, found.party, socket.gethostname()):
             echo(text)
 
     return app
 
 
-def _verdict(found: TrailPlace) -> Verdict:
+def _verdict(found: TrailPlace, receipts: Sequence[Path], keys: set[str]) -> Verdict:
+    from fedcore.audit.evidence import Evidence
+    from fedcore.audit.receipts import RECEIPTS_FILE
     from fedcore.audit.verify import verify
 
-    data = found.read()
-    return verify(data, found.trusted(data))
+    own, federation = found.folder / RECEIPTS_FILE, found.federation
+    data, evidence = found.read(), Evidence()
+    for path in [*([own] if own.is_file() else []), *receipts]:
+        evidence += federation.read(path)
+    return verify(data, found.trusted(data) | keys, evidence.anchors, evidence.witnesses)
 
 
 def _told(found: TrailPlace, verdict: Verdict, as_json: bool) -> None:
@@ -119,6 +143,12 @@ def _told(found: TrailPlace, verdict: Verdict, as_json: bool) -> None:
         echo(
             f"audit trail of {found.party}: {len(verdict.lines)} lines, none changed; the last at {last}"
         )
+        if verdict.proven:
+            echo(
+                f"confirmed up to number {verdict.proven}: lines missing behind it would not be noticed"
+            )
+        else:
+            echo("not confirmed: lines missing at the end would not be noticed without --receipts")
         for line in verdict.lines:
             if line.event == "torn":
                 echo(
@@ -160,14 +190,12 @@ def _wanted(found: TrailPlace, job: str, since: str) -> list[Line]:
 
 def _table(lines: Sequence[Line]) -> list[str]:
     from fedcore.audit.export import in_words
-    from fedcore.audit.lines import EVENTS
 
     if not lines:
         return ["no such lines"]
     width = len(str(lines[-1].sequence))
     return [
-        f"{line.sequence:>{width}}  {line.time[:19].replace('T', ' ')}  {EVENTS.get(line.event, line.event)}: "
-        f"{in_words(line)}"
+        f"{line.sequence:>{width}}  {line.time[:19].replace('T', ' ')}  {in_words(line)}"
         for line in lines
     ]
 

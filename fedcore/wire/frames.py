@@ -198,6 +198,30 @@ class Goodbye:
 
 
 @dataclass(frozen=True)
+class TrailHead:
+    """The last line of a site's audit trail: its number and SHA-256."""
+
+    number: limits.Number
+    hash: limits.Digest
+
+
+@dataclass(frozen=True)
+class TrailReceipt:
+    """The coordinator confirms a TrailHead, and its own last line (`fedcore/audit/receipts.py`).
+
+    certificate: of the coordinator, PEM; signature: under its key.
+    """
+
+    number: limits.Number
+    hash: limits.Digest
+    time_ms: limits.Number
+    own_number: limits.Number
+    own_hash: limits.Digest
+    certificate: Annotated[bytes, limits.length(1, 8 * KIB)]
+    signature: Annotated[bytes, limits.length(1, 128)] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class UploadStart:
     """The first frame of an upload. header: h of the round; digest: of the vector, as the site signed it.
 
@@ -386,9 +410,10 @@ def _no_such_number(name: str) -> None:
 
 F = TypeVar("F")
 
-FromSite = Hello | Record | Doing | Pong | SmallUpload | Goodbye | RosterSeen
+FromSite = Hello | Record | Doing | Pong | SmallUpload | Goodbye | RosterSeen | TrailHead
 ToSite = (
-    Welcome | Record | Ping | UploadReceipt | SmallDownload | Goodbye | Waiting | Roster | JobRoster
+    Welcome | Record | Ping | UploadReceipt | SmallDownload | Goodbye | Waiting | Roster | JobRoster |
+    TrailReceipt
 )  # fmt: skip
 UploadPart = UploadStart | Part
 DownloadPart = DownloadHead | Part
@@ -423,7 +448,7 @@ def alone(frame: type[F]) -> Codec[F]:
 
 
 FROM_SITE: Codec[FromSite] = _oneof(
-    "FromSite", Hello, Record, Doing, Pong, SmallUpload, Goodbye, RosterSeen
+    "FromSite", Hello, Record, Doing, Pong, SmallUpload, Goodbye, RosterSeen, TrailHead
 )
 TO_SITE: Codec[ToSite] = _oneof(
     "ToSite",
@@ -436,6 +461,7 @@ TO_SITE: Codec[ToSite] = _oneof(
     Waiting,
     Roster,
     JobRoster,
+    TrailReceipt,
 )
 UPLOAD: Codec[UploadPart] = _oneof("UploadPart", UploadStart, Part)
 DOWNLOAD: Codec[DownloadPart] = _oneof("DownloadPart", DownloadHead, Part)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FromSite(_message.Message):
-    __slots__ = ("hello", "record", "doing", "pong", "upload", "goodbye", "roster")
+    __slots__ = ("hello", "record", "doing", "pong", "upload", "goodbye", "roster", "trail")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     DOING_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class FromSite(_message.Message):
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
+    TRAIL_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     record: Record
     doing: Doing
@@ -22,10 +23,11 @@ class FromSite(_message.Message):
     upload: SmallUpload
     goodbye: Goodbye
     roster: RosterSeen
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., doing: _Optional[_Union[Doing, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., upload: _Optional[_Union[SmallUpload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., roster: _Optional[_Union[RosterSeen, _Mapping]] = ...) -> None: ...
+    trail: TrailHead
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., doing: _Optional[_Union[Doing, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., upload: _Optional[_Union[SmallUpload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., roster: _Optional[_Union[RosterSeen, _Mapping]] = ..., trail: _Optional[_Union[TrailHead, _Mapping]] = ...) -> None: ...
 
 class ToSite(_message.Message):
-    __slots__ = ("welcome", "record", "ping", "receipt", "download", "goodbye", "waiting", "roster", "job_roster")
+    __slots__ = ("welcome", "record", "ping", "receipt", "download", "goodbye", "waiting", "roster", "job_roster", "confirmed")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +37,7 @@ class ToSite(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
     JOB_ROSTER_FIELD_NUMBER: _ClassVar[int]
+    CONFIRMED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     record: Record
     ping: Ping
@@ -44,7 +47,8 @@ class ToSite(_message.Message):
     waiting: Waiting
     roster: Roster
     job_roster: JobRoster
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., receipt: _Optional[_Union[UploadReceipt, _Mapping]] = ..., download: _Optional[_Union[SmallDownload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., job_roster: _Optional[_Union[JobRoster, _Mapping]] = ...) -> None: ...
+    confirmed: TrailReceipt
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., receipt: _Optional[_Union[UploadReceipt, _Mapping]] = ..., download: _Optional[_Union[SmallDownload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., job_roster: _Optional[_Union[JobRoster, _Mapping]] = ..., confirmed: _Optional[_Union[TrailReceipt, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "software", "pins", "tasks", "held")
@@ -177,6 +181,32 @@ class Goodbye(_message.Message):
     code: str
     text: str
     def __init__(self, code: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+
+class TrailHead(_message.Message):
+    __slots__ = ("number", "hash")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    hash: bytes
+    def __init__(self, number: _Optional[int] = ..., hash: _Optional[bytes] = ...) -> None: ...
+
+class TrailReceipt(_message.Message):
+    __slots__ = ("number", "hash", "time_ms", "own_number", "own_hash", "certificate", "signature")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    OWN_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    OWN_HASH_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    hash: bytes
+    time_ms: int
+    own_number: int
+    own_hash: bytes
+    certificate: bytes
+    signature: bytes
+    def __init__(self, number: _Optional[int] = ..., hash: _Optional[bytes] = ..., time_ms: _Optional[int] = ..., own_number: _Optional[int] = ..., own_hash: _Optional[bytes] = ..., certificate: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class UploadStart(_message.Message):
     __slots__ = ("job", "header", "digest", "size", "offset")

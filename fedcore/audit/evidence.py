@@ -1,0 +1,120 @@
+"""What files from elsewhere show about a trail: receipts, the coordinator's trail, trails of other sites, copies.
+
+Invariant: a file counts only if every signature in it does: a receipt is the coordinator's, a trail is whole and of a
+party of the federation. What one party says of another's trail is in lines that it signed itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedcore.audit.authority import coordinator_keys
+from fedcore.audit.keys import site_key
+from fedcore.audit.lines import Line, text_of
+from fedcore.audit.receipts import Receipt, read_receipts
+from fedcore.audit.verify import Anchor, Verdict, Witness, verify
+from fedcore.errors import BadInput, Refused
+from fedcore.types import SiteId
+
+COORDINATOR = ""
+"""Whose trail is checked: this, or a site's name."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """anchors: lines that the trail must have; witnesses: rounds that it must have."""
+
+    anchors: tuple[Anchor, ...] = ()
+    witnesses: tuple[Witness, ...] = ()
+
+    def __add__(self, other: Evidence) -> Evidence:
+        return Evidence(self.anchors + other.anchors, self.witnesses + other.witnesses)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What is needed to believe a file. of: the party whose trail is checked; pins: the sites' public keys."""
+
+    name: str
+    authority_pem: bytes
+    pins: Mapping[SiteId, bytes]
+    of: str
+
+    def read(self, path: Path) -> Evidence:
+        """What a file shows. Raises BadInput for one that is neither receipts nor a trail, Refused for one whose
+        signatures do not count."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BadInput(f"--receipts: {path} cannot be read ({error.strerror})") from error
+        try:
+            Receipt.parse(data.partition(b"\n")[0])
+        except BadInput:
+            return self._of_trail(path, data)
+        return Evidence(tuple(self._anchor(path, each) for each in read_receipts(data)))
+
+    def _anchor(self, path: Path, receipt: Receipt) -> Anchor:
+        receipt.check(self.authority_pem, self.name)
+        if self.of == COORDINATOR:
+            return receipt.of_coordinator
+        if receipt.site != self.of:
+            raise Refused(
+                f"--receipts: {path}: found one of site {receipt.site}, expected site {self.of}"
+            )
+        return receipt.of_site
+
+    def _of_trail(self, path: Path, data: bytes) -> Evidence:
+        keys = coordinator_keys(data, self.authority_pem, self.name)
+        if keys:
+            lines = _whole(path, verify(data, keys))
+            found = self._released(lines, "the coordinator's trail")
+            return found + Evidence(tuple(_confirmed(lines, self.of)))
+        for name, public in self.pins.items():
+            if f'"key":"{site_key(public)}"'.encode() in data.partition(b"\n")[0]:
+                verdict = verify(data, {site_key(public)})
+                lines = _whole(path, verdict)
+                if name == self.of:
+                    return Evidence((Anchor(*verdict.head, f"the copy {path.name}"),))
+                return self._released(lines, f"the trail of site {name}")
+        raise BadInput(
+            f"--receipts: found in {path} neither receipts nor a trail of this federation",
+            remedy="give a site's audit.receipts.jsonl, or the audit.jsonl of another party",
+        )
+
+    def _released(self, lines: tuple[Line, ...], source: str) -> Evidence:
+        """The releases that a party recorded and in which the one that is checked took part."""
+        return Evidence(
+            witnesses=tuple(
+                Witness(
+                    text_of(line.facts["header"]), line.time,
+                    f"{source}, line {line.sequence}, has the release of round {line.facts['number']} of "
+                    f"job {line.facts['job']}",
+                )
+                for line in lines
+                if line.event == "released"
+                and (self.of == COORDINATOR or self.of in text_of(line.facts["survivors"]).split(","))
+            )
+        )  # fmt: skip
+
+
+def _whole(path: Path, verdict: Verdict) -> tuple[Line, ...]:
+    if verdict.findings:
+        raise Refused(
+            f"--receipts: {path}: {verdict.findings[0]}",
+            remedy="what has been changed itself shows nothing: get the file again from its party",
+        )
+    return verdict.lines
+
+
+def _confirmed(lines: tuple[Line, ...], site: str) -> list[Anchor]:
+    """What a coordinator's trail has of a site's."""
+    return [
+        Anchor(
+            int(text_of(line.facts["number"])), text_of(line.facts["hash"]),
+            f"line {line.sequence} of the coordinator's trail ({line.time[:19]})",
+        )
+        for line in lines
+        if line.event == "receipt" and line.facts.get("site") == site
+    ]  # fmt: skip
