@@ -103,11 +103,22 @@ class InstalledTasks(Training):
     """The training process, asked by the names of the operator's list of tasks."""
 
     def __init__(
-        self, config: SiteConfig, identity: IdentityKey, command: Sequence[str] | None = None
+        self,
+        config: SiteConfig,
+        identity: IdentityKey,
+        policy: SitePolicy,
+        command: Sequence[str] | None = None,
     ) -> None:
         super().__init__(command)
+        self._policy = policy
         self._config = config
         self._split = config.split.of(identity)
+
+    def limits(self) -> Json:
+        """Those of the policy, as it is now."""
+        rules = self._policy.rules
+        found = {"threads": rules.cpu_threads, "memory_mb": rules.memory_mb}
+        return found if any(value is not None for value in found.values()) else {}
 
     async def load(self, job: str, settings: Json, task: str, digest: str) -> Loaded:
         """Load a job's task, which the policy has allowed by name and hash. Raises TrainingFailed."""
@@ -553,7 +564,9 @@ async def _run(
     stop = asyncio.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(each, stop.set)
-    training = InstalledTasks(config, context.identity, logged(choose(config)).command)
+    training = InstalledTasks(
+        config, context.identity, context.policy, logged(choose(config)).command
+    )
     await training.start()
     try:
         site = Site(config, kit, context, training)

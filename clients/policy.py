@@ -15,12 +15,12 @@ from itertools import product
 from operator import gt, lt, ne
 from typing import Annotated, Any, Literal
 
-from fedcore_clients.hours import Hours, zone_of
+from fedcore_clients.hours import Hours
+from fedcore_clients.resources import MachineSection
 from pydantic import Field, StrictBool, field_validator
 
 from fedcore.config import TrainSection, build_job, read_settings
 from fedcore.errors import BadInput, PolicyRefused, Refused
-from fedcore.files.toml import Section
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import RoundPlan, TrainPlan, default_threshold
 from fedcore.secagg.protections import MAX_MASKED_SITES, Protection
@@ -38,7 +38,7 @@ Ciphers = Literal["bfv", "keystream"]
 Bound = Literal["one of", "at least", "at most", "wider"]
 
 
-class PolicySection(Section):
+class PolicySection(MachineSection):
     """policy.toml, or [policy]: what jobs may ask of this site. The defaults of its keys are the narrow side.
 
     least_threshold: t, in sites; None is the default for the roster, floor(2n/3) + 1. minimum_sites: of
@@ -48,7 +48,6 @@ class PolicySection(Section):
     declares as its settings; else these have the defaults that are in its hashed code. guard_*: when this
     site leaves a job whose model gets worse on its own rows (PROTOCOL G).
     fields: the vectors that may leave, by purpose; None: all that a job's plan has (`fed-site explain`).
-    hours, time_zone: when the site takes part in rounds (`hours.py`); None: always.
     jobs: "ask" waits for `fed-site approve`; "listed" runs the tasks of [tasks.NAME] within the limits;
     "any" runs these tasks without most_rounds, most_epochs and jobs_per_month. No task runs unlisted.
     roster: "ask" takes jobs of a changed roster after `fed-site roster approve` only, "any" of every signed one.
@@ -72,26 +71,12 @@ class PolicySection(Section):
     jobs: Literal["ask", "listed", "any"] = "listed"
     roster: Literal["ask", "any"] = "ask"
     fields: tuple[str, ...] | None = None
-    hours: str | None = None
-    time_zone: str = "UTC"
 
     @field_validator("fields")
     @classmethod
     def _are_purposes(cls, found: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if found is not None and not set(found) <= PURPOSES.keys():
             raise ValueError(f"vectors of {', '.join(PURPOSES)}")
-        return found
-
-    @field_validator("time_zone")
-    @classmethod
-    def _is_zone(cls, found: str) -> str:
-        zone_of(found)
-        return found
-
-    @field_validator("hours")
-    @classmethod
-    def _are_hours(cls, found: str | None) -> str | None:
-        Hours.of(found, "UTC")
         return found
 
 

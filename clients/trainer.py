@@ -72,10 +72,25 @@ class Training:
         self._overtaken: Future[Frame] | None = None
         """The last request that was cancelled while it ran."""
         self._closed = False
+        self._limits: Json = {}
+        """Those that the present process has."""
+
+    def limits(self) -> Json:
+        """What the process may use: {"threads": ..., "memory_mb": ...}, None for no limit; {} for none at all."""
+        return {}
 
     async def start(self) -> None:
         """Start the process now: before grpc, which makes starting one later less sure."""
-        await asyncio.wrap_future(self._line.submit(self.child.start))
+        await asyncio.wrap_future(self._line.submit(self._begin))
+
+    def _begin(self) -> None:
+        """Start the process unless it is alive; its limits come before any code of a task."""
+        if not self.child.alive:
+            self.child.start()
+            self._limits = {}
+        if (limits := self.limits()) != self._limits:
+            self.child.call({"do": "limit", **limits})
+            self._limits = limits
 
     async def task_digest(self, task: str, base: str) -> tuple[str, str]:
         """(name, digest) of an installed task."""
@@ -155,11 +170,11 @@ class Training:
 
     def _turn(self, asked: Json, blobs: Sequence[bytes], needs: str) -> Frame:
         try:
-            if not self.child.alive:
-                self.child.start()
-                if needs:  # a new process: what the job needs is loaded again
-                    head, _ = _answer_of(*self.child.call(self._loads[needs]))
-                    self._require_same(needs, _shape_of(head))
+            anew = not self.child.alive
+            self._begin()
+            if anew and needs:  # a new process: what the job needs is loaded again
+                head, _ = _answer_of(*self.child.call(self._loads[needs]))
+                self._require_same(needs, _shape_of(head))
             return _answer_of(*self.child.call(asked, blobs))
         except (ChildEnded, OSError) as error:
             if not self._closed:

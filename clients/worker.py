@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from fedcore_clients.resources import limit, ran_out, too_much
 
 from fedcore.errors import BadInput, FedcoreError, GuardTripped, with_hint
 from fedcore.learning.guard import GuardMemory, GuardRecord, GuardRules
@@ -56,21 +57,31 @@ class Worker:
     def __init__(self) -> None:
         self.sites: dict[str, SiteTrainer] = {}
         self.trackers: dict[str, Tracker] = {}
+        self._memory_mb: int | None = None
 
     def answer(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
         """The answer to a request; what the task raises becomes an answer."""
         try:
             return self._answer(asked, blobs)
-        except FedcoreError as error:
-            # with the traceback of the task at most: ours says nothing about it
-            text = "\n".join(filter(None, [with_hint(error), getattr(error, "user_traceback", "")]))
         except Exception as error:  # noqa: BLE001 - the task may raise anything; the site goes on
-            text = f"{error}\n{traceback.format_exc()}"
-        return {"failed": UNABLE, "text": text}, []
+            return {"failed": UNABLE, "text": self._text(error)}, []
+
+    def _text(self, error: Exception) -> str:
+        """What the site's log has of an error."""
+        if self._memory_mb is not None and ran_out(error):
+            return too_much(self._memory_mb)
+        if isinstance(error, FedcoreError):
+            # with the traceback of the task at most: ours says nothing about it
+            return "\n".join(filter(None, [with_hint(error), getattr(error, "user_traceback", "")]))
+        return f"{error}\n{''.join(traceback.format_exception(error))}"
 
     def _answer(self, asked: Json, blobs: Sequence[bytes]) -> tuple[Json, list[bytes]]:
         """One request. Raises whatever the task raises."""
         match asked["do"]:
+            case "limit":
+                self._memory_mb = asked["memory_mb"]
+                limit(asked["threads"], self._memory_mb)
+                return {}, []
             case "digest":
                 from fedcore.learning.task import load_task
 

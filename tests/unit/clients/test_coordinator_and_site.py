@@ -23,6 +23,7 @@ from fedcore_server.sessions import SiteSession
 from hypothesis import given
 from hypothesis import strategies as st
 from support.deployed_jobs import coordinated, plan_for, site_job, submitted
+from support.policies import policy_of
 
 from fedcore.config import read_settings
 from fedcore.errors import BadInput, FedcoreError, MalformedMessage, PlanRefused
@@ -106,7 +107,7 @@ def allowed(tmp_path, **tasks):
             "folder": "f", "base": str(tmp_path), "file": str(tmp_path / "site.toml"), "tasks": tasks,
         }
     )  # fmt: skip
-    tasks, training = InstalledTasks(config, IDENTITY), Recording()
+    tasks, training = InstalledTasks(config, IDENTITY, policy_of()), Recording()
     tasks.load_task = training.load
     return tasks, training
 
