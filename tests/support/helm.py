@@ -1,7 +1,7 @@
 """A renderer for the small part of Helm's templates that deploy/helm uses; whatever else is refused.
 
-Fields of .Values, .Release and .Chart, `quote`, `toYaml`, `nindent`, and `if` ... `end`. A field that the values lack
-is an error here, where Helm would print nothing.
+Fields of .Values, .Release and .Chart, `quote`, `toYaml`, `nindent`, and `if` ... `else` ... `end`. A field that the
+values lack is an error here, where Helm would print nothing.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def rendered(text: str, scope: dict) -> str:
         word, _, rest = action["code"].partition(" ")
         if word == "if":
             shown.append(all(shown) and bool(looked_up(rest, scope)))
+        elif action["code"] == "else":
+            last = shown.pop()
+            shown.append(all(shown) and not last)
         elif action["code"] == "end":
             shown.pop()
         elif all(shown):

@@ -14,7 +14,6 @@ from tests.support import dockerfile, helm
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 ROLES = ("site", "coordinator")
 DIGEST = "sha256:" + "0a" * 32
-MAIN = {"site": "site.toml", "coordinator": "federation.toml"}
 PEERS = [{"ipBlock": {"cidr": "192.0.2.0/24"}}]
 
 
@@ -24,14 +23,9 @@ def chart(role):
 
 def given(role):
     """The values that somebody must give, and no others."""
-    text = (DEPLOY / "examples" / MAIN[role]).read_text()
-    found = {
-        "image": {"repository": "images.example/fedcore", "digest": DIGEST},
-        "files": {MAIN[role]: text, "roster.toml": "[sites]\n"},
-        "kitSecret": "kit",
-    }
+    found = {"image": {"repository": "images.example/fedcore", "digest": DIGEST}}
     if role == "site":
-        return {**found, "identitySecret": "identity", "dataClaim": "tables", "allowedTo": PEERS}
+        return {**found, "dataClaim": "tables", "allowedTo": PEERS}
     return {**found, "allowedFrom": PEERS}
 
 
@@ -52,7 +46,7 @@ def validated(role, values):
 @pytest.mark.parametrize("role", ROLES)
 def test_a_chart_grants_no_rights(role):
     found = documents(role)
-    kinds = {"ConfigMap", "NetworkPolicy", "ServiceAccount", "StatefulSet"}
+    kinds = {"NetworkPolicy", "ServiceAccount", "StatefulSet"}
     assert {*found} == kinds | ({"Service"} if role == "coordinator" else set())
     assert found["ServiceAccount"]["automountServiceAccountToken"] is False
     assert pod(role)["automountServiceAccountToken"] is False
@@ -74,7 +68,7 @@ def test_a_pod_fits_the_restricted_profile(role):
     }  # fmt: skip
     assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & {*spec}
     kinds = {key for volume in spec["volumes"] for key in volume if key != "name"}
-    assert kinds <= {"configMap", "secret", "persistentVolumeClaim", "emptyDir"}
+    assert kinds <= {"secret", "persistentVolumeClaim", "emptyDir"}
     assert container["resources"]["limits"]["memory"]
     writable = {each["mountPath"] for each in container["volumeMounts"] if not each.get("readOnly")}
     assert writable == {"/var/lib/fedcore", "/tmp"}
@@ -82,22 +76,28 @@ def test_a_pod_fits_the_restricted_profile(role):
     assert claim["metadata"]["name"] == "state"
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_every_mount_has_its_volume_and_keys_are_secrets(role):
-    spec = pod(role)
+@pytest.mark.parametrize(
+    ("role", "more"), [("site", {}), ("coordinator", {}), ("coordinator", {"secret": "phrases"})]
+)
+def test_every_mount_has_its_volume(role, more):
+    spec = pod(role, **more)
     mounts = {each["mountPath"]: each["name"] for each in spec["containers"][0]["volumeMounts"]}
     assert {*mounts.values()} == {each["name"] for each in spec["volumes"]} | {"state"}
     volumes = {each["name"]: each for each in spec["volumes"]}
-    assert volumes[mounts["/run/fedcore/kit"]]["secret"] == {
-        "secretName": "kit",
-        "defaultMode": 0o440,
-    }
+    assert ("/run/secrets" in mounts) == bool(more)
+    if more:
+        secret = volumes[mounts["/run/secrets"]]["secret"]
+        assert secret == {"secretName": "phrases", "defaultMode": 0o440}
     if role == "site":
-        assert volumes[mounts["/run/fedcore/identity.pem"]]["secret"]["secretName"] == "identity"
         assert volumes[mounts["/data"]]["persistentVolumeClaim"]["readOnly"] is True
-    assert documents(role)["ConfigMap"]["data"] == helm.values_of(chart(role), given(role))["files"]
-    text = (DEPLOY / "examples" / MAIN[role]).read_text()
-    assert 'kit = "/run/fedcore/kit"' in text and 'folder = "/var/lib/fedcore/state"' in text
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_pod_that_is_set_up_waits_for_commands(role):
+    (container,) = pod(role, setup=True)["containers"]
+    assert container["command"] == ["sleep", "infinity"]
+    assert not [key for key in container if key.endswith("Probe")]
+    assert "command" not in pod(role)["containers"][0]
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -110,16 +110,23 @@ def test_the_probes_are_those_of_the_image(role):
     assert "/readyz" in ready if role == "site" else "/metrics" in ready
 
 
-def test_only_the_federation_s_port_is_open():
+def test_only_the_federation_s_ports_are_open():
+    ports = [{"protocol": "TCP", "port": 7443}, {"protocol": "TCP", "port": 7444}]
     policy = documents("coordinator")["NetworkPolicy"]["spec"]
     assert policy["egress"] == []
-    (rule,) = policy["ingress"]
-    assert rule == {"from": PEERS, "ports": [{"protocol": "TCP", "port": 7443}]}
+    assert policy["ingress"] == [{"from": PEERS, "ports": ports}]
+    with_database = documents("coordinator", databaseAt=PEERS)["NetworkPolicy"]["spec"]
+    assert with_database["egress"][0] == {"to": PEERS, "ports": [{"protocol": "TCP", "port": 5432}]}
     site = documents("site")["NetworkPolicy"]["spec"]
     assert site["ingress"] == []
-    assert site["egress"][0] == {"to": PEERS, "ports": [{"protocol": "TCP", "port": 7443}]}
+    assert site["egress"][0] == {"to": PEERS, "ports": ports}
     for each in (policy, site):
         assert each["policyTypes"] == ["Ingress", "Egress"]
+    served = documents("coordinator")["Service"]["spec"]["ports"]
+    named = {
+        each["name"]: each["containerPort"] for each in pod("coordinator")["containers"][0]["ports"]
+    }
+    assert [named[each["targetPort"]] for each in served] == [7443, 7444]
 
 
 def test_what_is_set_appears_and_what_is_empty_does_not():
@@ -148,7 +155,7 @@ def test_the_schema_accepts_what_somebody_must_give_and_not_less(role):
         ("site", {"image": {"tag": "latest"}}),
         ("site", {"allowedTo": []}),
         ("site", {"coordinatorPort": 0}),
-        ("site", {"files": {"site.toml": ""}}),
+        ("site", {"setup": "yes"}),
         ("site", {"state": {"size": "lots"}}),
         ("site", {"privileged": True}),
         ("coordinator", {"resources": {"limits": {"memory": None}, "extra": 1}}),
@@ -176,6 +183,7 @@ def test_kubernetes_schemas_accept_what_is_rendered(role):
         ("a:\n  {{- toYaml .Values.y | nindent 2 }}\nb: 1", "a:\n  z: 2\nb: 1"),
         ("{{- if .Values.x }}\nyes\n{{- end }}\nlast", "\nyes\nlast"),
         ("first{{- if .Values.no }}\nyes\n{{- end }}\nlast", "first\nlast"),
+        ("{{- if .Values.no }}\na\n{{- else }}\nb\n{{- end }}", "\nb"),
     ],
 )
 def test_templates_are_rendered_as_helm_does(template, shown):

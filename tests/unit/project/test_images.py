@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fedcore_clients.config import read_config as read_site
 from fedcore_clients.health import health
-from fedcore_server.config import read_config as read_federation
+from fedcore_clients.joining import SITE_FILE
+from fedcore_server.new_federation import FEDERATION_FILE
 from fedcore_server.probes import Counts, Seen, serve_metrics
 
 from tests.support import dockerfile
@@ -42,7 +42,7 @@ def test_a_dockerfile_has_no_findings(role):
         ("USER 10001:10001\n", "USER fedcore\n", "not numeric"),
         ("USER 10001:10001\n", "USER 0:0\n", "not numeric"),
         ("USER 10001:10001\n", "", "not numeric"),
-        ("WORKDIR /etc/fedcore\n", "RUN id\n", "after it"),
+        ("WORKDIR /var/lib/fedcore\n", "RUN id\n", "after it"),
         ("RUN python -m pip uninstall", "RUN apt-get update && pip uninstall", "a build tool"),
         ("COPY --from=builder", "COPY --from=maker", "no such stage"),
         ("COPY --from=builder /usr", "COPY no-such-folder /usr", "not in the build context"),
@@ -119,46 +119,55 @@ def test_a_compose_file_takes_every_privilege_away(role):
     assert {"pids_limit", "mem_limit", "cpus", "restart", "stop_grace_period"} <= {*service}
     for volume in service["volumes"]:
         assert volume.get("read_only") or volume["target"] == "/var/lib/fedcore"
-    assert {each["source"] for each in service["secrets"]} == {*whole["secrets"]}
-    assert all("file" in each for each in whole["secrets"].values())
-    assert "environment" not in service  # keys come as files
+    assert "environment" not in service
+
+
+def test_secrets_are_files():
+    for name in ("coordinator", "postgresql"):
+        found = yaml.safe_load((DEPLOY / "compose" / f"{name}.yaml").read_text())
+        used = {
+            each for service in found["services"].values() for each in service.get("secrets", [])
+        }
+        assert used == {*found["secrets"]}
+        assert all({*each} == {"file"} for each in found["secrets"].values())
+    assert "secrets" not in compose("site")[0]  # its keys are made in its volume
+
+
+def test_the_database_is_reached_by_the_coordinator_only():
+    found = yaml.safe_load((DEPLOY / "compose" / "postgresql.yaml").read_text())
+    database = found["services"]["database"]
+    assert found["networks"] == {"database": {"internal": True}}
+    assert database["networks"] == ["database"] and "ports" not in database
+    assert database["read_only"] is True and database["cap_drop"] == ["ALL"]
+    assert database["security_opt"] == ["no-new-privileges:true"]
+    assert not re.fullmatch(r"0|root", database["user"].partition(":")[0])
+    assert not [key for key in database["environment"] if key.endswith("PASSWORD")]
+    assert {"default", "database"} == {*found["services"]["coordinator"]["networks"]}
 
 
 def test_only_the_coordinator_opens_a_port():
     assert "ports" not in compose("site")[1]
-    assert compose("coordinator")[1]["ports"] == ["${FEDCORE_PORT:-7443}:7443"]
+    inside = [each.rpartition(":")[2] for each in compose("coordinator")[1]["ports"]]
+    assert inside == dockerfile.read(text_of("coordinator"))[1][-1].last("EXPOSE").split()
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_a_compose_file_asks_for_what_it_has_no_default_for(role):
-    """The first use of each name that has no default ends with a message, so nothing starts half-configured."""
-    text = (DEPLOY / "compose" / f"{role}.yaml").read_text()
-    seen = set()
-    for name, rest in re.findall(r"\$\{(\w+)([^}]*)\}", text):
-        assert rest.startswith((":?", ":-")) or name in seen, name
-        seen.add(name)
-    assert {"FEDCORE_IMAGE", "FEDCORE_CONFIG", "FEDCORE_KIT"} <= seen
+@pytest.mark.parametrize("name", ["site", "coordinator", "postgresql"])
+def test_a_compose_file_asks_for_what_it_has_no_default_for(name):
+    """A name without a default ends the command with a message, so that nothing starts half-configured."""
+    text = (DEPLOY / "compose" / f"{name}.yaml").read_text()
+    found = re.findall(r"\$\{\w+([^}]*)\}", text)
+    assert len(found) > 3
+    assert all(rest.startswith((":?", ":-")) and len(rest) > 2 for rest in found)
 
 
-@pytest.mark.parametrize(
-    ("role", "file", "read"),
-    [("site", "site.toml", read_site), ("coordinator", "federation.toml", read_federation)],
-)
-def test_the_example_of_a_role_fits_its_mounts(role, file, read):
-    config = read(DEPLOY / "examples" / file)
-    service = compose(role)[1]
-    mounted = {each["target"] for key in ("configs", "secrets") for each in service[key]}
-    kit = {str(config.kit / name) for name in ("authority.pem", "certificate.pem", "key.pem")}
-    assert kit <= mounted
-    assert str(config.folder.parent) in {each["target"] for each in service["volumes"]}
-    final = dockerfile.read(text_of(role))[1][-1]
-    assert f'"/etc/fedcore/{file}"' in final.last("CMD")
-    if role == "site":
-        assert str(config.identity) in mounted
-        assert config.sandbox == "none"
-    else:
-        assert f":{config.metrics_port}/" in final.last("HEALTHCHECK")
-        assert final.last("EXPOSE") == str(config.port)
+def test_the_commands_of_the_images_begin_in_their_volume():
+    """`join --out .` and `init --out federation` write what `run` and `serve` read."""
+    made = {"site": f"/var/lib/fedcore/{SITE_FILE}", "coordinator": "/var/lib/fedcore/federation"}
+    for role in ROLES:
+        final = dockerfile.read(text_of(role))[1][-1]
+        assert final.last("VOLUME") == f'["{final.last("WORKDIR")}"]' == '["/var/lib/fedcore"]'
+        assert f'"--config", "{made[role]}' in final.last("CMD")
+    assert f'"{made["coordinator"]}/{FEDERATION_FILE}"' in final.last("CMD")
 
 
 def build(tmp_path, base, role="site"):

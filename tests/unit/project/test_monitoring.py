@@ -120,7 +120,7 @@ def test_the_scrape_is_of_the_job_and_port_that_the_rest_names():
     ]
     assert scrape["job_name"] == "fedcore"
     assert scrape["static_configs"] == [{"targets": ["127.0.0.1:9443"]}]
-    assert "metrics_port = 9443" in (DEPLOY / "examples" / "federation.toml").read_text()
+    assert ":9443/metrics" in (DEPLOY / "Dockerfile.coordinator").read_text()
     assert any('up{job="fedcore"}' in rule["expr"] for rule in rules())
 
 
