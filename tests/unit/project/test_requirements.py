@@ -39,6 +39,7 @@ def test_every_file_of_a_role_has_a_hash_and_the_tested_version(path):
     assert found.items() <= pinned().items()
     role = path.name.partition("-")[0]
     wanted = PROJECT["dependencies"] + EXTRAS[role]
+    wanted += EXTRAS["postgresql"] if role == "coordinator" else []
     assert {canonical(re.match(r"[\w.-]+", each)[0]) for each in wanted} <= set(found)
     others = ("dev", "digits", "flower", "report", "tables")
     left_out = {canonical(Requirement(line).name) for name in others for line in EXTRAS[name]}
