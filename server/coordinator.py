@@ -283,7 +283,7 @@ class Coordinator:
             waiting_for=tuple(progress.waiting_for), waiting_until=progress.waiting_until,
             waiting=self.waiting(found),
             public_metrics=facts.plan.public_metrics if facts.plan is not None else None,
-            model=found.machine.model.here,
+            model=found.machine.model.here, roster=found.roster.number,
             metrics=max(facts.metrics.known, key=lambda row: row.number, default=None),
         )  # fmt: skip
 

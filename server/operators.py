@@ -245,7 +245,8 @@ def value_text(value: float | None) -> str:
 
 def head_text(event: JobEvent) -> str:
     """`heart-1a2b3c4d (heart, layered): round 3 of 20, collecting`."""
-    about = f"{event.job} ({event.task}, {event.protection}): "
+    roster = f", roster {event.roster}" if event.roster else ""
+    about = f"{event.job} ({event.task}, {event.protection}{roster}): "
     if event.state not in {"running", "waiting"}:
         return about + state_text(event)
     if event.state == "waiting":

@@ -193,6 +193,7 @@ class OperatorsApi:
             "settings": json.loads(found.offer.settings),
             "plan": plan.to_json() if plan is not None else None,
             "plan_sha256": plan.digest if plan is not None else None,
+            "roster_sha256": found.roster.digest,
         }  # fmt: skip
         await asyncio.to_thread(write_json, found.directory / RESULT_FILE, result)
         for path in await asyncio.to_thread(lambda: sorted(found.directory.iterdir())):

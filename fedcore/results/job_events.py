@@ -54,6 +54,7 @@ class JobSummary(JsonRecord):
     state: `waiting` in the queue, `running`, or how it ended; text: the reason. stage: of the round under way;
     step: (purpose, round of training), None before the first and after the last. waiting_until: seconds since
     1970. public_metrics: None before there is a plan. model: the coordinator has the model. metrics: the newest.
+    roster: its number, 0 for one without a signature.
     """
 
     job: str
@@ -71,6 +72,7 @@ class JobSummary(JsonRecord):
     public_metrics: bool | None = None
     model: bool = False
     metrics: MetricsRow | None = None
+    roster: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

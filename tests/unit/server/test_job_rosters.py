@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.coordinator import Coordinator
+from fedcore_server.operators import head_text
 from fedcore_server.operators_api import OperatorsApi
 from fedcore_server.sessions import SiteSession
 from fedcore_server.site_api import SiteApi, Transfers
@@ -25,6 +26,7 @@ from fedcore.identity.authority import Authority
 from fedcore.identity.identities import write_roster
 from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.identity.signed_roster import SignedRoster
+from fedcore.results import JobEvent
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol.job.coordinator.events import SiteConnected
 from fedcore.secagg.protocol.job.coordinator.facts import Limits, Moment
@@ -336,3 +338,12 @@ def refusal_of(job):
     except FedcoreError as refused:
         return str(refused)
     return ""
+
+
+def test_operators_see_the_number_of_a_jobs_roster(town):
+    """A static roster has none."""
+    job = town.submit()
+    event = JobEvent.from_json(town.hub.about(job).to_json() | {"sites": {}})
+    assert head_text(event) == f"{job.id} (t, layered): queued"
+    numbered = JobEvent.from_json(event.to_json() | {"roster": 3})
+    assert head_text(numbered) == f"{job.id} (t, layered, roster 3): queued"
