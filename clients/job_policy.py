@@ -3,14 +3,15 @@
 Invariant: where that roster does not pin this site's identity key, the job is refused whatever the rules allow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import copy
 
+from fedcore_clients.ledger import Ledger
 from fedcore_clients.policy import SitePolicy
 
 from fedcore.errors import PolicyRefused
 from fedcore.secagg.plan import RoundPlan
-from fedcore.secagg.protocol.job.site.participation import Release
+from fedcore.secagg.protocol.job.site.participation import Release, RowsInSum
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.types import SiteId
 
@@ -22,9 +23,14 @@ class JobPolicy:
     """See `participation.Policy`. sites: the job's roster; me, key: this site and its public identity key."""
 
     def __init__(
-        self, policy: SitePolicy, sites: Mapping[SiteId, bytes], me: SiteId, key: bytes
+        self,
+        policy: SitePolicy,
+        ledger: Ledger,
+        sites: Mapping[SiteId, bytes],
+        me: SiteId,
+        key: bytes,
     ) -> None:
-        self._policy, self._count = policy, len(sites)
+        self._policy, self._ledger, self._sites = policy, ledger, sites
         self._refused: PolicyRefused | None = None
         if sites.get(me) != key:
             found = "another key" if me in sites else "no key"
@@ -37,7 +43,7 @@ class JobPolicy:
     def _now(self) -> SitePolicy:
         """The rules may have changed since; they count the sites of the job."""
         found = copy(self._policy)
-        found.sites = self._count
+        found.sites = len(self._sites)
         return found
 
     def on_offer(self, offer: JobOffer) -> PolicyRefused | None:
@@ -47,4 +53,12 @@ class JobPolicy:
         return self._refused or self._now().on_plan(plan)
 
     def on_release(self, what: Release) -> PolicyRefused | None:
-        return self._refused or self._now().on_release(what)
+        refused = self._refused or self._now().on_release(what)
+        if refused is None and isinstance(what, RowsInSum) and what.job not in what.before:
+            refused = self._on_roster(what.before)
+        return refused
+
+    def _on_roster(self, before: Collection[str]) -> PolicyRefused | None:
+        """Refuse a job whose sites are nearly those of an earlier one. before: the jobs over the same rows."""
+        apart = (self._ledger.apart(job, self._sites) for job in before)
+        return next(filter(None, map(self._policy.on_roster, apart)), None)

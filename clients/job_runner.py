@@ -88,7 +88,7 @@ class JobRunner:
         self._leaving: Leaving | None = None
         self._tracking: list[asyncio.Task[Event | None]] = []
         public = context.identity.public
-        policy = JobPolicy(context.policy, self.roster.sites, context.id, public)
+        policy = JobPolicy(context.policy, context.ledger, self.roster.sites, context.id, public)
         params = participation.JobParams(
             context.federation, context.id, context.identity, self.roster.sites, policy,
             JobLedger(context.ledger, self.roster.sites),

@@ -205,6 +205,16 @@ class Ledger:
         since = (time.time() if now is None else now) - MONTH_SECONDS
         return {job for job, at in list(self._jobs.get(rows, {}).items()) if at > since}
 
+    def apart(self, job: str, pins: Mapping[SiteId, bytes]) -> int:
+        """By how many sites a roster differs from those that an earlier job invited; another key is another site."""
+        parties: dict[SiteId, str] = {}
+        for each in tuple(self._entries.values()):
+            if each.job == job:
+                keys = each.keys or tuple(pins[n].hex() if n in pins else "" for n in each.cohort)
+                parties |= dict(zip(each.cohort, keys, strict=True))
+        names = parties.keys() | pins.keys()
+        return sum(name not in pins or parties.get(name) != pins[name].hex() for name in names)
+
     def statistics_only_with(
         self,
         rows: str,

@@ -50,6 +50,7 @@ class PolicySection(MachineSection):
     fields: the vectors that may leave, by purpose; None: all that a job's plan has (`fed-site explain`).
     jobs: "ask" waits for `fed-site approve`; "listed" runs the tasks of [tasks.NAME] within the limits;
     "any" runs these tasks without most_rounds, most_epochs and jobs_per_month. No task runs unlisted.
+    least_roster_change: a job over the same rows as one of the last 30 days has the same sites, or differs by so many.
     roster: "ask" takes jobs of a changed roster after `fed-site roster approve` only, "any" of every signed one.
     """
 
@@ -70,6 +71,7 @@ class PolicySection(MachineSection):
     guard_rounds: int = Field(default=2, ge=1)
     jobs: Literal["ask", "listed", "any"] = "listed"
     roster: Literal["ask", "any"] = "ask"
+    least_roster_change: int = Field(default=1, ge=1)
     fields: tuple[str, ...] | None = None
 
     @field_validator("fields")
@@ -174,6 +176,17 @@ class SitePolicy:
         if what == "metrics" and not self.rules.public_metrics:
             return self._refusal("track.public_metrics", True, False, "public_metrics")
         return None
+
+    def on_roster(self, apart: int) -> PolicyRefused | None:
+        """Why a job is refused whose sites differ by so few from those of an earlier job over the same rows: the two
+        models differ by about what these few gave. apart: sites, 0 for the same ones."""
+        least = self.rules.least_roster_change
+        if apart == 0 or apart >= least:
+            return None
+        return self._refusal(
+            "roster", f"{apart} other than in an earlier job over the same rows", f"none or {least}",
+            "least_roster_change",
+        )  # fmt: skip
 
     def _on_fields(self, needed: Sequence[str]) -> PolicyRefused | None:
         """Refuse a job with a vector that may not leave. needed: purposes of its vectors."""

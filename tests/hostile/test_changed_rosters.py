@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from fedcore_clients.app import Site
 from fedcore_clients.context import SiteContext
+from fedcore_clients.job_policy import JobPolicy
 from fedcore_clients.ledger import Exposure, JobLedger, Ledger
 from fedcore_clients.rosters import APPROVED_FILE, NEWEST_FILE, approve_roster
 
@@ -22,12 +23,13 @@ from fedcore.identity.signed_roster import SignedRoster
 from fedcore.secagg.label import Terms, collusion
 from fedcore.secagg.plan import canonical, default_threshold
 from fedcore.secagg.protocol import job_messages as job
+from fedcore.secagg.protocol.job.site.participation import RowsInSum
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire.frames import JobRoster, Roster, RosterSeen
 from fedcore.wire.records import TO_SITE, pack_record
 from tests.support.deployed_jobs import submitted
-from tests.support.policies import BENCH, Rows
+from tests.support.policies import BENCH, Rows, policy_of
 from tests.support.rosters import IDENTITIES, KEYS, SiteFolder, document
 
 
@@ -305,6 +307,32 @@ def test_the_keys_are_kept_by_the_file_and_older_entries_have_none(ledger, tmp_p
     path.write_text(json.dumps(old) + "\n")
     with Ledger.open(tmp_path, IDENTITIES["a"]) as read:
         assert again(read, "abcd", d=KEYS["x"]) == tuple("abcd"), "by names, as when it was written"
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "apart"),
+    [
+        ("abcd", {}, 0), ("abcde", {}, 1), ("abc", {}, 1), ("abcd", {"d": KEYS["x"]}, 1),
+        ("abce", {}, 2), ("abcdex", {}, 2),
+    ],
+)  # fmt: skip
+def test_two_jobs_whose_rosters_differ_by_one_site(ledger, names, keys, apart):
+    """The difference of two models is about what that site gave. Control: the default, which allows it."""
+    given(ledger, "abcd")
+    sites = {name: keys.get(name, KEYS[name]) for name in names}
+    asked = RowsInSum("j2", {"j1"})
+    for least, refused in ((1, False), (2, apart == 1)):
+        policy = policy_of(4, least_roster_change=least)
+        found = JobPolicy(policy, ledger, sites, "a", KEYS["a"]).on_release(asked)
+        assert (found is not None) == refused
+        if found is not None:
+            assert found.word == "policy" and "policy.least_roster_change" in str(found)
+            assert "1 other than in an earlier job over the same rows, expected none or 2" in str(
+                found
+            )
+    begun = RowsInSum("j2", {"j1", "j2"})
+    policy = policy_of(4, least_roster_change=3)
+    assert JobPolicy(policy, ledger, sites, "a", KEYS["a"]).on_release(begun) is None
 
 
 def test_a_roster_kept_with_a_job_is_the_one_that_was_offered():

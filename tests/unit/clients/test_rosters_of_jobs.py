@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from fedcore_clients.job_policy import JobPolicy
 from fedcore_clients.job_runner import JobRunner
+from fedcore_clients.ledger import Ledger
 
 from fedcore.identity.roster import ROSTER_KEY, PinnedRoster, RosterFile
 from fedcore.secagg.crypto.identity_key import IdentityKey
@@ -63,6 +64,10 @@ def test_a_job_whose_roster_is_without_this_site_is_refused(tmp_path):
     assert "found no key for 'a'" in again.job.part.last_error
 
 
+def no_ledger(folder):
+    return Ledger(folder / "ledger.jsonl", b"k" * 32)
+
+
 def test_the_policy_counts_the_sites_of_the_jobs_roster(tmp_path):
     """Of five sites four are needed by default: a job with t = 3, which four sites may have, is refused."""
     policy, key = policy_of(4), IdentityKey().public
@@ -70,16 +75,17 @@ def test_the_policy_counts_the_sites_of_the_jobs_roster(tmp_path):
         "job", "bench", BENCH["bench"], canonical(submitted(protect={"threshold": 3}))
     )
     four, five = ({"a": key, **dict.fromkeys(names, b"")} for names in ("bcd", "bcde"))
-    assert JobPolicy(policy, four, "a", key).on_offer(offer) is None
+    assert JobPolicy(policy, no_ledger(tmp_path), four, "a", key).on_offer(offer) is None
     assert "3, expected 4 or more of 5 sites" in str(
-        JobPolicy(policy, five, "a", key).on_offer(offer)
+        JobPolicy(policy, no_ledger(tmp_path), five, "a", key).on_offer(offer)
     )
 
 
 def test_rules_that_change_count_for_a_job_of_any_roster(tmp_path):
     policy, key = policy_of(4), IdentityKey().public
     offer = job.JobOffer("job", "bench", BENCH["bench"], canonical(submitted()))
-    of_job = JobPolicy(policy, {"a": key, "b": b"", "c": b""}, "a", key)
+    sites = {"a": key, "b": b"", "c": b""}
+    of_job = JobPolicy(policy, no_ledger(tmp_path), sites, "a", key)
     assert of_job.on_offer(offer) is None
     policy.rules = policy_of(4, least_batch=4096).rules
     assert "train.batch_size" in str(of_job.on_offer(offer))
