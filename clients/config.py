@@ -1,6 +1,7 @@
 """site.toml: one site, its data and what its operator allows. Paths in it count from its folder.
 
 site = "va"               coordinator = "hub.example.org:7443"        proxy = "none"
+standbys = ["hub2.example.org:7443"]    # where another coordinator takes over; tried in turn
 kit = "kit"               identity = "identity.pem"                   roster = "roster.toml"
 folder = "state"          sandbox = "auto"                      task_network = false
 
@@ -135,7 +136,9 @@ def read_config(path: Path) -> SiteConfig:
         if isinstance(error.__cause__, tomllib.TOMLDecodeError) and _has_both(path):
             raise _two_policies(path, "`policy = ...` and [policy]") from error
         raise
-    endpoint(found.coordinator, f"{path.name}: coordinator")
+    for key, addresses in (("coordinator", (found.coordinator,)), ("standbys", found.standbys)):
+        for each in addresses:
+            endpoint(each, f"{path.name}: {key}")
     tasks = {name: task.placed(name, found.base) for name, task in found.tasks.items()}
     return found.model_copy(update={"tasks": tasks} | _policy_of(path, found.base))
 

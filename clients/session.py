@@ -32,7 +32,7 @@ from fedcore.errors import (
 )
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import CLIENT_ROLES, require_role
-from fedcore.identity.preflight import channel_target, preflight
+from fedcore.identity.preflight import authority_of, channel_target, preflight
 from fedcore.secagg.protocol.job_messages import ToCoordinator
 from fedcore.store import container
 from fedcore.wire import calls, chunks, frames
@@ -129,7 +129,7 @@ class Session:
         self._telling: dict[str, asyncio.TimerHandle] = {}
         self._partial: dict[bytes, bytearray] = {}
         """What came of the last download that broke off."""
-        self.coordinator = f"{config.host}:{config.port}"
+        self._addresses, self._turn = config.addresses, 0
         self.since: float | None = None
         """Start of the present session, None without one."""
         self.last_error = ""
@@ -166,6 +166,15 @@ class Session:
         self.away = ""
         self._wanted.set()
 
+    @property
+    def _place(self) -> tuple[str, int]:
+        return self._addresses[self._turn % len(self._addresses)]
+
+    @property
+    def coordinator(self) -> str:
+        """The address that is connected or tried."""
+        return authority_of(*self._place)
+
     async def run(self) -> None:
         """Run sessions, one after the other, until the coordinator refuses this site permanently."""
         pause = FIRST_PAUSE
@@ -183,8 +192,11 @@ class Session:
                 continue
             if self._was_welcome and time.monotonic() - started > 2 * pause:
                 pause = FIRST_PAUSE
+            if not self._was_welcome:
+                self._turn += 1
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, LONGEST_PAUSE)
+            if self._turn % len(self._addresses) == 0:  # every address was tried
+                pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _tried(self) -> None:
         """One session, to its end, with a line in the log where it did not begin or broke off."""
@@ -198,9 +210,7 @@ class Session:
 
     async def _once(self) -> None:
         config, self._was_welcome = self._config, False
-        channel = open_channel(
-            self.kit, config.host, config.port, proxy=config.through, options=OPTIONS
-        )
+        channel = open_channel(self.kit, *self._place, proxy=config.through, options=OPTIONS)
         out: asyncio.Queue[bytes] = asyncio.Queue()
         try:
             self._channel = channel
@@ -295,7 +305,7 @@ class Session:
     def _why(self, otherwise: str) -> str:
         config, now = self._config, datetime.now(UTC)
         try:
-            preflight(self.kit, config.host, config.port, now=now, proxy=config.through)
+            preflight(self.kit, *self._place, now=now, proxy=config.through)
         except (CertificateRefused, BadInput) as error:
             return with_hint(error)
         except OSError as error:

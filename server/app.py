@@ -6,7 +6,6 @@ the journal is read before the port is bound, so no call meets a coordinator wit
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import resource
 import signal
@@ -34,6 +33,7 @@ from fedcore.files.lock import FileLock
 from fedcore.identity.kit import Kit
 from fedcore.identity.revocation import Revocations
 from fedcore.identity.roster import PinnedRoster, RosterFile
+from fedcore.identity.verify import fingerprint
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.disk import close_to_others, make_folder, refusals
 from fedcore.store.journal import Journal
@@ -140,7 +140,7 @@ def open_journal(config: FederationConfig, kit: Kit, show: Callable[[str], None]
         return Journal.open(config.folder / "journal.sqlite", party=party)
     from fedcore.store.postgresql import PostgresqlDatabase
 
-    authority = hashlib.sha256(kit.authority_pem).hexdigest()
+    authority = fingerprint(kit.authority_pem)
     database = PostgresqlDatabase.open(config.database, party=party, authority=authority, wait=show)
     return Journal(database, party)
 

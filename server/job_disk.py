@@ -29,22 +29,27 @@ from fedcore.store import container
 from fedcore.store.disk import refusals, sync_folder
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool, Stored
+from fedcore.types import SiteId
 from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.coordinator.job")
 ROUND = "round"
-MODEL_FILE = "model.safetensors"
+MODEL_FILE, JOB_FILE = "model.safetensors", "job.toml"
 _VECTOR, _SUM = "vector-", "sum-"
 """Prefixes of the keys of small files in the journal."""
+_MODEL, _JOB_FILE = "model", "toml"
+"""Keys of files in the job's folder."""
+MOST_SHARED = 16 << 20
+"""Bytes of a vector, a sum or a model that a journal on a server has too, so that a standby can go on with them."""
 
 
 def _small_key(what: str, digest: bytes) -> str:
     return f"{what}{digest.hex()[:48]}"
 
 
-def small_file(what: str, stored: Stored | None) -> dict[str, bytes]:
-    """What the journal keeps of a file that was not fsynced."""
-    if stored is None or stored.travels > INLINE:
+def small_file(what: str, stored: Stored | None, most: int = INLINE) -> dict[str, bytes]:
+    """What the journal keeps of a file that was not fsynced, or of any of up to `most` bytes."""
+    if stored is None or stored.travels > most:
         return {}
     return {_small_key(what, stored.digest): stored.path.read_bytes()}
 
@@ -101,8 +106,11 @@ class JobDisk:
         self._facts, self._job = facts, facts.id
         self._rounds = JobLogFile(directory / ROUNDS_FILE, facts.rounds)
         self._metrics = JobLogFile(directory / METRICS_FILE, facts.metrics)
+        self._most = MOST_SHARED if journal.elsewhere else INLINE
         self._small: set[str] = set()
-        """Keys of the journal with files of the round under way that were not fsynced."""
+        """Keys of the journal with files of the round under way, of up to so many bytes."""
+        self.lost: tuple[SiteId, ...] = ()
+        """Sites on the list of the round under way whose vectors are neither in spool nor journal."""
         self.uploads: dict[bytes, Stored] = {}
         """Complete uploads of the round under way, by digest."""
         self.sum: Stored | None = None
@@ -124,6 +132,7 @@ class JobDisk:
             return otherwise if found is None else decode(found, object)
 
         about, facts.outcome = journal.get(name, "plan"), value("ended")
+        self._give_back_files()
         if about is None:
             facts.plan, facts.step = None, None
             return False
@@ -138,7 +147,28 @@ class JobDisk:
         for file in (self._rounds, self._metrics):
             file.load(journal, name)
         self._settle()
+        self.lost = self._missing()
+        if (
+            self.lost
+            and (kept := coordinator.without_vectors(facts.stage, records, self.lost)) is not None
+        ):
+            LOG.info("job %s: sites %s send their vectors again", name, ", ".join(self.lost))
+            journal.compact(name, ROUND, kept)
+            facts.stage = coordinator.replay(value("stage", coordinator.Ready()), kept)
+            self.lost = ()
         return bool(records)
+
+    def _missing(self) -> tuple[SiteId, ...]:
+        """The sites whose vectors are needed for the sum of the round under way, and are gone."""
+        stage = self._facts.round
+        if stage is None or isinstance(stage, coordinator.Releasing):
+            return ()
+        header = stage.header.digest
+        return tuple(
+            submit.site
+            for submit in getattr(stage, "submissions", ())
+            if self.spool.uploaded(self._job, header, submit.site, submit.digest) is None
+        )
 
     def _settle(self) -> None:
         facts, stage = self._facts, self._facts.round
@@ -153,6 +183,19 @@ class JobDisk:
             self.sum = self.spool.find(self._job, "sum", header=stage.header.digest)
         self._discard_all(keep if facts.outcome is None else ())
 
+    def keep_job_file(self, toml: bytes) -> None:
+        """Write the operator's job file into the job's folder; the journal has it too."""
+        self.put({_JOB_FILE: toml})
+        self._give_back_files()
+
+    def _give_back_files(self) -> None:
+        """Write the files of the job's folder that only the journal has: another machine wrote the others."""
+        for key, file in ((_JOB_FILE, JOB_FILE), (_MODEL, MODEL_FILE)):
+            path = self._directory / file
+            if not path.exists() and (data := self._journal.get(self._job, key)) is not None:
+                with refusals("job", path):
+                    write_atomic(path, data)
+
     def _give_back_small(self) -> None:
         """Write files again that the journal has: they may be missing or empty after a power cut."""
         journal, name, stage = self._journal, self._job, self._facts.round
@@ -161,6 +204,8 @@ class JobDisk:
             return
         header = stage.header.digest
         for submit in getattr(stage, "submissions", ()):
+            if self.spool.uploaded(name, header, submit.site, submit.digest) is not None:
+                continue
             data = journal.get(name, _small_key(_VECTOR, submit.digest))
             if data is not None:
                 self.spool.give_back(name, header, submit.site, data)
@@ -186,9 +231,9 @@ class JobDisk:
         """Append records to the round's, with the small files that they rely on: one commit."""
         put: dict[str, bytes] = {}
         for digest in effect.vectors:
-            put |= small_file(_VECTOR, self.uploads.get(digest))
+            put |= small_file(_VECTOR, self.uploads.get(digest), self._most)
         if effect.with_sum:
-            put |= small_file(_SUM, self.sum)
+            put |= small_file(_SUM, self.sum, self._most)
         self._journal.append(self._job, ROUND, effect.records, put=put)
         self._small |= put.keys()
 
@@ -259,10 +304,12 @@ class JobDisk:
 
     def keep_model(self, digest: bytes) -> None:
         """Write an upload among the job's files, whole or not at all."""
-        path = self._directory / MODEL_FILE
+        path, stored = self._directory / MODEL_FILE, self.uploads[digest]
         with refusals("model", path):
-            write_atomic(path, container.read(self.uploads[digest].path))
+            write_atomic(path, container.read(stored.path))
             sync_folder(path.parent)
+            if self._journal.elsewhere and stored.travels <= MOST_SHARED:
+                self.put({_MODEL: path.read_bytes()})
 
     def discard(self, header: bytes | None) -> None:
         """Remove the files under this header; of all rounds if None, after the end of the job."""

@@ -170,7 +170,7 @@ class JobRunner:
         restarted, disk = self.disk.load(), self.disk
         self.machine.restored(
             _kept(disk.checkpoint), _kept(disk.sum), self.moment(),
-            model=disk.has_model, restarted=restarted,
+            model=disk.has_model, restarted=restarted, lost=disk.lost,
         )  # fmt: skip
 
     def put(self, event: events.SiteEvent) -> None:

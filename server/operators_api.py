@@ -59,7 +59,7 @@ class OperatorsApi:
         name = f"{asked.task[:48].strip()}-{secrets.token_hex(4)}"
         offer = job_messages.JobOffer(name, asked.task, asked.task_sha256, canonical(settings))
         found = JobRunner(context, hub.sessions, offer, peer.name)
-        (found.directory / "job.toml").write_bytes(asked.toml)
+        found.disk.keep_job_file(asked.toml)
         self._record(
             "submit", peer, job=name, task=asked.task, task_sha256=asked.task_sha256,
             settings=hashlib.sha256(offer.settings).hexdigest(), roster=found.roster.digest,

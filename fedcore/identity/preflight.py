@@ -109,9 +109,13 @@ def endpoint(text: str, what: str = "coordinator") -> tuple[str, int]:
 
 
 class CoordinatorAddress(Section):
-    """How a file names the coordinator. proxy: a URL, or "none"."""
+    """How a file names the coordinator. proxy: a URL, or "none".
+
+    standbys: addresses under which another coordinator of the federation takes over; they are tried in turn.
+    """
 
     coordinator: str
+    standbys: tuple[str, ...] = ()
     proxy: str = "none"
 
     @property
@@ -123,6 +127,12 @@ class CoordinatorAddress(Section):
     def port(self) -> int:
         """Its port."""
         return endpoint(self.coordinator)[1]
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """(host, port) of the coordinator, then of its standbys. Raises BadInput."""
+        whole = endpoint(self.coordinator), *(endpoint(each, "standbys") for each in self.standbys)
+        return tuple(whole)
 
     @property
     def through(self) -> str:

@@ -41,6 +41,8 @@ class Journal:
         driver = database.connection.engine.url.drivername
         self._statements = statements(driver, database.tables)
         self._busy = threading.RLock()
+        self.elsewhere = database.tables.by_party
+        """Whether it is on a server, and not in the folder of this process."""
 
     @classmethod
     def open(cls, where: Path | str, *, party: str) -> Journal:

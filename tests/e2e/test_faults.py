@@ -86,7 +86,7 @@ def test_a_removed_upload_is_restored_from_the_journal(tmp_path, pool):
 
 def test_a_removed_upload_that_is_nowhere_else_fails_the_job_at_once(tmp_path, pool, without):
     """No deadline passes: UNHURRIED's stages last longer than this test."""
-    without(job_disk, small_file=lambda what, stored: {})
+    without(job_disk, small_file=lambda *_: {})
 
     async def play(found):
         hub = begin(found)

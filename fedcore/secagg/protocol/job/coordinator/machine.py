@@ -4,7 +4,7 @@ It connects the parts: each event goes to the part that handles it, and what fol
 here. No input, no output, no clock: the runner has these.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from fedcore.errors import OutOfOrder, PeerRefused
 from fedcore.secagg.plan import ModelShape, RoundPlan, canonical
@@ -18,7 +18,7 @@ from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Mo
 from fedcore.secagg.protocol.job.coordinator.gathering import Gathering
 from fedcore.secagg.protocol.job.coordinator.handover import ModelHandover
 from fedcore.secagg.protocol.job.coordinator.public_metrics import Metrics
-from fedcore.secagg.protocol.job.coordinator.rounds import RoundDriver
+from fedcore.secagg.protocol.job.coordinator.rounds import NO_OTHER_SUM, RoundDriver
 from fedcore.secagg.protocol.job.effects import CoordinatorJobEffect, JobEffects
 from fedcore.secagg.protocol.moves import Restarted, Tick
 from fedcore.secagg.protocol.round import coordinator
@@ -55,6 +55,7 @@ class JobMachine:
         self.tick_at = 0.0
         """Clock seconds at which `TimePassed` is due."""
         self._nudged_at = 0.0
+        self._lost: tuple[SiteId, ...] = ()
         self._at = Moment(0.0, 0.0, ())
         self._out: JobEffects = []
         """The moment of the present step, and its effects so far."""
@@ -67,10 +68,12 @@ class JobMachine:
         *,
         model: bool,
         restarted: bool,
+        lost: Collection[SiteId] = (),
     ) -> None:
         """The facts were read from disk, at first or again: each site is offered the plan, and reports its status.
 
         announced: the sum of the round under way; model: it is there; restarted: the round began before this.
+        lost: sites on the round's list whose vectors are gone, as on a machine that takes over from another.
         """
         facts = self.facts
         facts.progress.text = ""
@@ -81,6 +84,7 @@ class JobMachine:
         self.metrics.released()
         self.catch_up.restore(checkpoint)
         self.rounds.restore(announced, at, restarted=restarted)
+        self._lost = tuple(lost)
         self.model.here = model
 
     def ended(self, outcome: job_messages.JobEnded) -> None:
@@ -174,9 +178,23 @@ class JobMachine:
         self.epochs.resume(at)
         if facts.plan is not None and facts.round is not None:
             self.do([effects.OpenFold(facts.round.header)])
-            self.round_step(Restarted())
+            if self._lost:
+                self._give_up_round(self._lost)
+            else:
+                self.round_step(Restarted())
         for name in at.here:
             self._greet(name)
+
+    def _give_up_round(self, lost: Collection[SiteId]) -> None:
+        """Vectors of the round's list are gone: abandon it, and the job where its sum may be known (PROTOCOL H)."""
+        stage, why = self.facts.round, self.rounds.without_vectors(lost)
+        assert stage is not None
+        self.do([effects.Warn(why)])
+        for name in stage.header.roster:
+            if isinstance(self.facts.stage, coordinator.Confirming):
+                self.round_step(coordinator.Gone(name, for_good=True))
+        if self.facts.round is not None:
+            self.end("abandoned", f"{why}{NO_OTHER_SUM}")
 
     def _tick(self) -> None:
         at = self._at

@@ -43,7 +43,7 @@ class RoundDriver:
         self._sum_size: int | None = None
         self._begun = self._stage_since = 0.0
         self._stage_seconds: dict[str, float] = {}
-        self._restarted = False
+        self._restarted = self._sum_lost = False
         self._unsaved = effects.AppendRecords(())
         self.short_since: float | None = None
         """Clock seconds since which a round that has to be released lacks sites."""
@@ -53,6 +53,7 @@ class RoundDriver:
     def restore(self, announced: KeptFile | None, at: Moment, *, restarted: bool) -> None:
         """Reset to what the disk has. announced: the sum of the round under way."""
         self._clear(at)
+        self._sum_lost = announced is None and isinstance(self._facts.stage, coordinator.Releasing)
         self._sum_size = None if announced is None else announced.size
         self._restarted = restarted
 
@@ -61,6 +62,7 @@ class RoundDriver:
         self._begun = self._stage_since = at.now
         self._stage_seconds = {}
         self._restarted, self._unsaved = False, effects.AppendRecords(())
+        self._sum_lost = False
 
     def begin(
         self, step: schedule.PlannedRound, roster: tuple[SiteId, ...], at: Moment
@@ -199,10 +201,21 @@ class RoundDriver:
             self.short_since = at.now
         since = self.short_since
         late = since is not None and at.now - since > limits.enough
-        if not late and at.now - self._stage_since <= limits.enough + limits.stage:
+        # Sites that have the sum can still release it where this machine lacks it.
+        longest = limits.stage + (0.0 if self._sum_lost else limits.enough)
+        if not late and at.now - self._stage_since <= longest:
             return ""
         found = f"{_names(waited)} did not come back to release it"
+        if self._sum_lost:
+            found = f"its sum is not on this machine, and {_names(waited)} did not have it"
         return f"round {stage.header.round} ({stage.header.purpose}): {found}{NO_OTHER_SUM}"
+
+    def without_vectors(self, lost: Collection[SiteId]) -> str:
+        """Why the round under way cannot be summed: these vectors are gone, and its list was sent."""
+        header = self._facts.round.header if self._facts.round is not None else None
+        assert header is not None
+        where = f"round {header.round} ({header.purpose})"
+        return f"{where}: the vectors of {_names(lost)} are not on this machine"
 
     def close(self, at: Moment) -> effects.CloseRound:
         """In one commit: the end of the round, its row, and the next step."""

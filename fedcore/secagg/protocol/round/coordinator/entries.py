@@ -1,6 +1,6 @@
 """The coordinator's journal of a round: its records, and the stage that follows from each."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -223,6 +223,23 @@ def replay(
 ) -> stages.CoordinatorStage:
     """The stage that the records of a journal lead to."""
     return reduce(evolve, journal, start)
+
+
+def without_vectors(
+    stage: stages.CoordinatorStage, journal: Iterable[CoordinatorEntry], lost: Collection[SiteId]
+) -> list[CoordinatorEntry] | None:
+    """The records of the round at this stage less the vectors of these sites, which have not sent their last
+    one then, and send it again when they connect. None once sites were sent the list of survivors, for there is
+    no second list in a round."""
+    listed = not isinstance(stage, stages.Collecting)
+    if listed and (not isinstance(stage, stages.Summing) or stage.header.layers.masks):
+        return None
+    return [
+        entry
+        for entry in journal
+        if not isinstance(entry, ListFixed)
+        and not (isinstance(entry, SubmissionTaken) and entry.submit.site in lost)
+    ]
 
 
 @dataclass
