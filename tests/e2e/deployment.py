@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,8 +46,11 @@ from fedcore.identity.kit import Kit
 from fedcore.local_deployment import to_toml
 from fedcore.wire import calls, frames
 
-HUB = "hub"
+HUB, STANDBY = "hub", "standby"
 FEDERATION = "rehearsal"
+LISTENS = "listening on"
+"""Of a coordinator's log, once its port is bound."""
+
 CAP = 64
 """protect.max_examples of the small task."""
 
@@ -109,15 +113,20 @@ class Deployment:
     env: dict = field(default_factory=dict)
     policy: dict = field(default_factory=dict)
     prepared: dict = field(default_factory=dict)
+    database: str = ""
+    ports: dict = field(default_factory=dict)
+    """Of the coordinators, where there are two."""
 
     # ------------------------------------------------------------------------------- on disk
 
     def home(self, name):
         """The folder of a party."""
-        return self.folder / HUB if name == HUB else self.folder / "sites" / name
+        shell = name in {HUB, STANDBY}
+        return self.folder / name if shell else self.folder / "sites" / name
 
     def config(self, name):
-        return self.home(name) / ("federation.toml" if name == HUB else "site.toml")
+        shell = name in {HUB, STANDBY}
+        return self.home(name) / ("federation.toml" if shell else "site.toml")
 
     def state(self, name):
         """What a party keeps."""
@@ -158,8 +167,10 @@ class Deployment:
         self.config(HUB).write_text(
             f'name = "{FEDERATION}"\nroster = "../roster.toml"\nkit = "kit"\nfolder = "state"\n'
             f'listen = ["127.0.0.1"]\nport = {self.port}\nrevoked = "../revoked.txt"\n'
-            f"[limits]\n{lines}\n"
+            + (f'database = "{self.database}"\n' if self.database else "")
+            + f"[limits]\n{lines}\n"
         )
+        self.config(HUB).chmod(0o600)  # there may be a password in it
         found = self._prepare({})
         for name, source in self.sites.items():
             self.config(name).write_text(
@@ -186,8 +197,9 @@ class Deployment:
 
     def start(self, name, patch=""):
         """Start a party. patch: Python that its process runs before its command."""
-        shell = "fedcore_server" if name == HUB else "fedcore_clients"
-        verb = "serve" if name == HUB else "run"
+        hub = name in {HUB, STANDBY}
+        shell = "fedcore_server" if hub else "fedcore_clients"
+        verb = "serve" if hub else "run"
         patch = textwrap.dedent(patch or self.patches.get(name, ""))
         how = (
             ["-c", f"{patch}\nfrom {shell}.cli import main\nmain()\n"]
@@ -204,14 +216,30 @@ class Deployment:
 
     def start_hub(self, seconds=PATIENCE):
         """Start the coordinator, and wait until it listens."""
-        before = self.log(HUB).count("listening on")
+        before = self.log(HUB).count(LISTENS)
         process = self.start(HUB)
-        end = time.monotonic() + seconds
-        while self.log(HUB).count("listening on") == before:
-            assert process.poll() is None, self.log(HUB)[-3000:]
-            assert time.monotonic() < end, self.log(HUB)[-3000:]
-            time.sleep(0.05)
+        self.until(HUB, LISTENS, before, seconds)
         return process
+
+    def until(self, name, words, before=0, seconds=PATIENCE):
+        """Wait until a party's log has these words more often than `before`."""
+        end = time.monotonic() + seconds
+        while self.log(name).count(words) <= before:
+            assert self.processes[name].poll() is None, self.log(name)[-3000:]
+            assert time.monotonic() < end, self.log(name)[-3000:]
+            time.sleep(0.05)
+
+    def add_standby(self):
+        """Write the folder of a second coordinator, with a port of its own, which all sites know."""
+        port = free_port()
+        shutil.copytree(self.home(HUB) / "kit", self.home(STANDBY) / "kit")
+        text = self.config(HUB).read_text().replace(f"port = {self.port}", f"port = {port}")
+        self.config(STANDBY).write_text(text)
+        self.config(STANDBY).chmod(0o600)
+        for name in self.sites:
+            text = self.config(name).read_text()
+            self.config(name).write_text(f'standbys = ["127.0.0.1:{port}"]\n{text}')
+        self.ports = {HUB: self.port, STANDBY: port}
 
     def kill(self, name, how=signal.SIGKILL):
         """Send a signal to a party's own process, not to its workers."""
@@ -387,12 +415,14 @@ def deployment(
     patches=None,
     env=None,
     policy=None,
+    database="",
 ):
     """A federation for `task`, begun: its coordinator listens and its sites connect.
 
     task: "heart" or a file. sites: {name: source}; the task's own without it. start: the sites to
     start, all without it. limits: keys of federation.toml's [limits]. patches: name -> Python that
-    this party's process runs first. policy: keys of [policy] at every site, beside WIDE.
+    this party's process runs first. policy: keys of [policy] at every site, beside WIDE. database: a URL
+    for the coordinator's journal.
     """
     if sites is None:
         layer = {} if task == "heart" else {"max_examples": CAP}
@@ -405,6 +435,7 @@ def deployment(
         patches=patches or {},
         env=env or {},
         policy=policy or {},
+        database=database,
     )
     fed.folder.mkdir(parents=True)
     fed.write({"gather_seconds": PATIENCE, "stage_seconds": PATIENCE, **(limits or {})})
