@@ -212,7 +212,10 @@ class Site:
                 if isinstance(message, messages.Announce) and self._declines(found):
                     return
                 if found is None and frame.job in self.rosters.held:
-                    pass  # it is sent again once the site has surveyed
+                    if isinstance(
+                        message, job.JobEnded
+                    ):  # anything else is sent again after the survey
+                        del self.rosters.held[frame.job]
                 elif found is None:
                     LOG.warning("dropped a message of the unknown job %s", frame.job)
                 else:

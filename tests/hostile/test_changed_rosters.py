@@ -149,6 +149,20 @@ def test_a_job_begins_once_its_roster_is_approved(hospital):
     play(scene())
 
 
+def test_a_job_that_ended_while_its_roster_waited_does_not_begin_after_the_approval(hospital):
+    async def scene():
+        site, packed = hospital(), document(2, "abcd")
+        site.roster(packed)
+        site.offer("j", packed)
+        ended = pack_record("j", job.JobEnded("j", "failed", "too few"), TO_SITE)
+        site.site._on_frame(ended)
+        approve_roster(site.files.config, site.files.kit, 2)
+        site.site._follow_rosters()
+        assert not site.site.jobs and not site.site.rosters.held and not site.rows.loaded
+
+    play(scene())
+
+
 def test_an_offer_without_the_name_of_its_roster_is_under_the_approved_one(hospital):
     """So a coordinator that leaves the name out meets its own roster's digest in no round: `test_announce.py`."""
 
