@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import zipfile
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
@@ -22,16 +19,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedcore.errors import AlreadyExists, BadInput, Refused
-
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "wheelhouse"
+from tests.support.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    loader = SourceFileLoader("wheelhouse_script", str(SCRIPT))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
+    return load_script("wheelhouse")
 
 
 def wheel(folder, name, version, *lines):
