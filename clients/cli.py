@@ -22,7 +22,7 @@ from fedcore.errors import EXIT_REFUSED, BadInput
 if TYPE_CHECKING:  # they import numpy, which `--help` does without
     from fedcore_clients.control import Control
 
-    from fedcore.identity.joining import JoinAnswer, JoinLine
+    from fedcore.identity.join_messages import JoinAnswer, JoinLine
     from fedcore.types import Json
 
 app = application("fed-site", "A site of a federation: its process, and what it is at.")
@@ -90,7 +90,7 @@ def join(
     from fedcore_clients import joining
 
     from fedcore.files import write_json
-    from fedcore.identity.joining import key_fingerprint
+    from fedcore.identity.join_messages import key_fingerprint
 
     allowed = [joining.find_task(task, source)] if task else []
     if answer is not None:
@@ -121,7 +121,7 @@ def join(
 
 def _join_line(text: str) -> JoinLine:
     """The join line of an argument or of stdin: an argument can be read in the list of processes."""
-    from fedcore.identity.joining import JoinLine as Found
+    from fedcore.identity.join_messages import JoinLine as Found
 
     if text == "-":
         if sys.stdin.isatty():
@@ -136,7 +136,7 @@ def _joined_online(
     """The coordinator's answer; ends the command where the site must be approved first."""
     from fedcore_clients import joining
 
-    from fedcore.identity.joining import key_fingerprint
+    from fedcore.identity.join_messages import key_fingerprint
 
     told = False
     while (found := joining.ask(line, folder, proxy, datetime.now(UTC))) is None:

@@ -19,12 +19,16 @@ import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
 from fedcore_clients.config import POLICY_FILE
 
+import fedcore
+from fedcore.audit.keys import SiteSigner
+from fedcore.audit.lines import Fact
+from fedcore.audit.trail import AuditTrail
 from fedcore.config import beside
-from fedcore.errors import AlreadyExists, BadInput
+from fedcore.errors import AlreadyExists, BadInput, CertificateRefused
 from fedcore.files import read_json, write_atomic, write_json
 from fedcore.identity import kit
 from fedcore.identity.identities import IDENTITY_FILE, ROSTER_FILE, create_identity, read_identity
-from fedcore.identity.joining import (
+from fedcore.identity.join_messages import (
     MOST_ANSWER,
     JoinAnswer,
     JoinLine,
@@ -37,14 +41,15 @@ from fedcore.identity.preflight import authority_of, connect
 from fedcore.identity.signed_roster import SignedRoster, read_pins
 from fedcore.identity.verify import check_certificate, fingerprint
 from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.store.disk import make_folder
 from fedcore.types import Json
 
-ATTEMPT_FILE, SITE_FILE, KIT_FOLDER = "joining.json", "site.toml", "kit"
+ATTEMPT_FILE, SITE_FILE, KIT_FOLDER, STATE_FOLDER = "joining.json", "site.toml", "kit", "state"
 ANSWER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedSite:
     """A site that joined. wrote: the files, by name, with what each is."""
 
     site: str
@@ -118,6 +123,10 @@ def ask(line: JoinLine, folder: Path, proxy: str, now: datetime) -> JoinAnswer |
         try:
             with context.wrap_socket(plain, server_hostname=line.host) as secured:
                 return _exchange(secured, line, folder, where, now)
+        except (JoinRefused, CertificateRefused) as refused:
+            word = refused.word if isinstance(refused, JoinRefused) else "not trusted"
+            _record(folder, line.site, "refused", what="to join", word=word, text=str(refused))
+            raise
         except (ssl.SSLError, ConnectionError, TimeoutError) as error:
             raise BadInput(
                 f"coordinator {where}: found no answer ({_reason(error)}), expected its port for joining",
@@ -148,7 +157,7 @@ def _exchange(
 
 def finish(
     folder: Path, answer: JoinAnswer, now: datetime, *, tasks: list[AllowedTask], proxy: str = ""
-) -> Joined:
+) -> JoinedSite:
     """Check the answer to this folder's request, and write the site's files. Raises CertificateRefused,
     SignatureRefused, RosterRefused, BadInput."""
     _require_new(folder)
@@ -180,13 +189,17 @@ def finish(
         if not (folder / POLICY_FILE).exists():
             write_atomic(folder / POLICY_FILE, _POLICY.encode())
         wrote[POLICY_FILE] = "what jobs may ask of this site"
+    _record(
+        folder, site, "enrol", decision="joined", federation=roster.federation, roster=roster.number,
+        serial=peer_of(answer.certificate).serial,
+    )  # fmt: skip
     write_atomic(home / kit.CERTIFICATE_FILE, answer.certificate)  # last: now the site has joined
     (folder / ATTEMPT_FILE).unlink()
     peer = kit.Kit.load(home).peer
-    return Joined(site, peer.federation, roster, peer.ends, wrote)
+    return JoinedSite(site, peer.federation, roster, peer.ends, wrote)
 
 
-def renewed(folder: Path, answer: JoinAnswer, now: datetime) -> Joined:
+def renewed(folder: Path, answer: JoinAnswer, now: datetime) -> JoinedSite:
     """Take a new certificate and the newest roster of an operator's file into a site that has joined.
 
     Raises CertificateRefused, SignatureRefused, RosterRefused, BadInput; then nothing is changed.
@@ -203,7 +216,7 @@ def renewed(folder: Path, answer: JoinAnswer, now: datetime) -> Joined:
         f"{KIT_FOLDER}/{kit.CERTIFICATE_FILE}": "the new certificate",
         ROSTER_FILE: "the newest roster",
     }
-    return Joined(site, before.peer.federation, roster, peer_of(answer.certificate).ends, wrote)
+    return JoinedSite(site, before.peer.federation, roster, peer_of(answer.certificate).ends, wrote)
 
 
 def has_joined(folder: Path) -> bool:
@@ -239,6 +252,7 @@ def site_toml(site: str, coordinator: str, tasks: list[AllowedTask], proxy: str)
     text = _SETTINGS.format(
         names=tomli_w.dumps({"site": site, "coordinator": coordinator, "proxy": proxy or "none"}),
         key=KIT_FOLDER, identity=IDENTITY_FILE, roster=ROSTER_FILE, policy=POLICY_FILE,
+        state=STATE_FOLDER,
     )  # fmt: skip
     return text + "\n" + ("\n".join(tables) or _NO_TASK)
 
@@ -248,7 +262,7 @@ _SETTINGS = """\
 {names}kit = "{key}"                  # certificate and key; the certificate is renewed by itself
 identity = "{identity}"     # this site's signing key, made here
 roster = "{roster}"
-folder = "state"             # journal, models, ledger; needs room for a few models
+folder = "{state}"             # journal, models, ledger; needs room for a few models
 policy = "{policy}"       # what jobs may ask of this site
 """
 
@@ -281,6 +295,16 @@ def _keys(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, IdentityKey]:
         raise BadInput(f"{path}: found a key of another kind, expected EC P-256")
     identity = folder / IDENTITY_FILE
     return key, read_identity(identity) if identity.exists() else create_identity(identity)
+
+
+def _record(folder: Path, site: str, event: str, **facts: Fact) -> None:
+    """A line in this site's audit trail; none before the site has the key that signs it. Raises StoreProblem."""
+    if (folder / IDENTITY_FILE).exists():
+        signer = SiteSigner(read_identity(folder / IDENTITY_FILE))
+        opened = {"party": f"site {site}", "software": fedcore.__version__}
+        make_folder(folder / STATE_FOLDER)
+        with AuditTrail.open(folder / STATE_FOLDER, signer, opened) as trail:
+            trail.record(event, **facts)
 
 
 def _attempt(folder: Path) -> tuple[Json, JoinRequest]:

@@ -21,7 +21,7 @@ from fedcore_clients.session import Offline, Session
 
 from fedcore.errors import BadInput, FedcoreError, printable
 from fedcore.files import write_atomic
-from fedcore.identity.joining import check_own, make_csr
+from fedcore.identity.join_messages import check_own, make_csr
 from fedcore.identity.kit import Kit, KitFile, read_key
 from fedcore.identity.peer import peer_of
 from fedcore.wire import calls, frames

@@ -1,7 +1,7 @@
 """The second port of a coordinator, where sites join: they have no certificate yet, so gRPC's port refuses them.
 
 One exchange a connection, JSON lines over TLS 1.3 with the coordinator's own certificate: the authority's certificate,
-then the site's request, then the answer: joined, waiting, or one word of refusal (`identity/joining.py`).
+then the site's request, then the answer: joined, waiting, or one word of refusal (`identity/join_messages.py`).
 
 Invariant: what an unknown peer can cost is bounded: connections at once, in all and of one address, seconds of one
 connection, and bytes of a request. A request is answered only after its token is verified; what is refused changes
@@ -29,7 +29,7 @@ from fedcore_server.tls import listen_sockets
 from fedcore.audit.trail import NoTrail, Recorder
 from fedcore.errors import FedcoreError, Refused, printable
 from fedcore.identity.authority import Authority
-from fedcore.identity.joining import MOST_REQUEST, JoinRefused, JoinRequest
+from fedcore.identity.join_messages import MOST_REQUEST, JoinRefused, JoinRequest
 from fedcore.identity.kit import Kit, KitFile
 from fedcore.identity.peer import peer_of
 from fedcore.types import Json

@@ -29,7 +29,7 @@ from fedcore.errors import BadInput, Refused, UnknownName
 from fedcore.files import read_json, write_atomic, write_json
 from fedcore.files.lock import FileLock
 from fedcore.identity.authority import Authority
-from fedcore.identity.joining import JoinAnswer, JoinLine, JoinRefused, JoinRequest, read_csr
+from fedcore.identity.join_messages import JoinAnswer, JoinLine, JoinRefused, JoinRequest, read_csr
 from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, Kit, read_limited
 from fedcore.identity.peer import Peer, check_sites, peer_of, read_certificate
 from fedcore.identity.revocation import EMPTY

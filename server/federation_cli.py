@@ -166,7 +166,7 @@ def approve(
 
     from fedcore.errors import BadInput
     from fedcore.files import write_json
-    from fedcore.identity.joining import MOST_REQUEST, JoinRequest, key_fingerprint
+    from fedcore.identity.join_messages import MOST_REQUEST, JoinRequest, key_fingerprint
     from fedcore.identity.kit import read_limited
 
     files, now = _files(config), datetime.now(UTC)

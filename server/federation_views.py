@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedcore_server.federation import Enrolment, FederationFiles
 
-from fedcore.identity.joining import key_fingerprint
+from fedcore.identity.join_messages import key_fingerprint
 from fedcore.identity.signed_roster import SignedRoster
 from fedcore.types import Json, SiteId
 

@@ -6,6 +6,7 @@
     revocation.py   the list of revoked certificates, reloaded while a coordinator runs
     identities.py   signing keys on disk and the roster that pins them
     signed_roster.py  the roster as the authority signs and numbers it
+    join_messages.py  the join line, the request and the answer of a site that joins
     roster.py       the roster of a job, and the newest one, reloaded while a process runs
     verify.py       one certificate against every check, so that a TLS failure is one clear line
     preflight.py    one handshake with the coordinator, with the reason of a failure

@@ -16,6 +16,7 @@ from fedcore_server.enrolment import Enrolments, listening
 from fedcore_server.federation import FederationFiles
 from fedcore_server.new_federation import create
 
+from fedcore.audit.trail import NoTrail, Recorder
 from fedcore.identity.authority import Authority
 from fedcore.identity.kit import Kit
 from fedcore.local_deployment import free_port
@@ -48,7 +49,11 @@ def authority_of(files: FederationFiles) -> Authority:
 
 @contextlib.contextmanager
 def served(
-    files: FederationFiles, *, manual: bool = False, clock: Callable[[], datetime] = now
+    files: FederationFiles,
+    *,
+    manual: bool = False,
+    clock: Callable[[], datetime] = now,
+    audit: Recorder | None = None,
 ) -> Iterator[list[bytes]]:
     """The port for joining while inside; the lines that came in, as they were read."""
     received: list[bytes] = []
@@ -58,7 +63,7 @@ def served(
             received.append(data)
             return super().answer(data)
 
-    enrolments = Recorded(files, None if manual else authority_of(files), clock)
+    enrolments = Recorded(files, authority_of(files), clock, not manual, audit or NoTrail())
     kit, port = Kit.load(files.config.kit), files.config.enrol_port
     assert port is not None
     begun, loop, over = threading.Event(), asyncio.new_event_loop(), asyncio.Event()

@@ -17,10 +17,13 @@ from fedcore_clients import joining
 from fedcore_clients.config import read_config
 from fedcore_server import enrolment
 
+from fedcore.audit.keys import SiteSigner
+from fedcore.audit.lines import Line
+from fedcore.audit.trail import AuditTrail
 from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, Refused
 from fedcore.identity.authority import Authority
 from fedcore.identity.identities import read_identity
-from fedcore.identity.joining import (
+from fedcore.identity.join_messages import (
     MOST_REQUEST,
     JoinAnswer,
     JoinLine,
@@ -234,7 +237,7 @@ def a_request(files, folder, site="va"):
 @pytest.mark.parametrize("name", ["oslo", "VA", "va/../oslo", "coordinator"])
 def test_a_certificate_request_for_another_name_is_refused(files, monkeypatch, name):
     line, csr = invited(files), make_csr(name, ec.generate_private_key(ec.SECP256R1()))
-    monkeypatch.setattr("fedcore.identity.joining.make_csr", lambda *_: csr)
+    monkeypatch.setattr("fedcore.identity.join_messages.make_csr", lambda *_: csr)
     request = JoinRequest.create(line, None, IdentityKey())
     with served(files):
         assert answered(files, request) == {"state": "refused", "word": "name"}
@@ -312,6 +315,33 @@ def test_connections_of_one_address_are_few(files, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ trust
+
+
+def events(folder):
+    """(event, facts) of every line of an audit trail."""
+    lines = (folder / "audit.jsonl").read_bytes().splitlines()
+    return [(found.event, found.facts) for found in map(Line.parse, lines)]
+
+
+def test_joining_and_its_refusals_are_in_both_audit_trails(files, tmp_path):
+    signer = SiteSigner(IdentityKey())
+    with AuditTrail.open(tmp_path / "hub", signer, {}) as trail, served(files, audit=trail):
+        join(line := invited(files), tmp_path / "va")
+        assert refused(line, tmp_path / "other") == "used"
+    (_, joined), (_, no) = (each for each in events(tmp_path / "hub") if each[0] != "opened")
+    assert (joined["site"], joined["decision"]) == ("va", "joined")
+    assert (no["site"], no["decision"]) == ("va", "used")
+    (_, there) = (
+        each for each in events(tmp_path / "va" / "state") if each[0] != "opened"
+    ).__next__()
+    assert (there["decision"], there["roster"], there["serial"]) == ("joined", 2, joined["serial"])
+    ((event, here),) = (
+        each for each in events(tmp_path / "other" / "state") if each[0] != "opened"
+    )
+    assert (event, here["word"]) == ("refused", "used")
+    token = line.text().rsplit(":", 1)[1]
+    for path in tmp_path.rglob("audit.jsonl"):
+        assert token not in path.read_text()
 
 
 def test_nothing_is_sent_to_another_authority(files, tmp_path):

@@ -22,7 +22,7 @@ from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 
 from fedcore.errors import BadInput, CertificateRefused, Refused, RosterRefused
 from fedcore.identity.authority import Authority
-from fedcore.identity.joining import JoinRefused, check_own, make_csr
+from fedcore.identity.join_messages import JoinRefused, check_own, make_csr
 from fedcore.identity.kit import Kit, read_key
 from fedcore.identity.peer import peer_of
 from fedcore.identity.revocation import Revocations
