@@ -357,6 +357,7 @@ def model(
 
 def _trail(config: Path) -> TrailPlace:
     from fedcore_clients.config import read_config
+    from fedcore_clients.rosters import APPROVED_FILE, NEWEST_FILE
 
     from fedcore.audit.evidence import Federation
     from fedcore.audit.keys import site_key
@@ -368,7 +369,10 @@ def _trail(config: Path) -> TrailPlace:
     found = read_config(config)
     authority = read_limited(found.kit / AUTHORITY_FILE)
     federation = peer_of(read_limited(found.kit / CERTIFICATE_FILE)).federation
-    pins, _ = read_pins(found.roster, authority, federation)
+    pins: dict[SiteId, bytes] = {}
+    for path in (found.folder / NEWEST_FILE, found.folder / APPROVED_FILE, found.roster):
+        if found.site not in pins and (path.is_file() or path == found.roster):
+            pins, _ = read_pins(path, authority, federation)
     pinned = pins.get(SiteId(found.site))
     if pinned is None:
         raise BadInput(f"roster: found no site {found.site!r} on it, expected its identity key")

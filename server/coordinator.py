@@ -161,12 +161,10 @@ class Coordinator:
             return
         now = rosters.current
         changes = tuple(changes_of(now.sites, before.sites))
-        self.sessions.note("roster", number=now.number, roster=now.digest, changes=changes)
+        about = {"digest": now.digest, "sites": tuple(now.sites), "changes": changes}
+        self.sessions.note("roster", number=now.number, **about)
         for line in changes:
             LOG.info("roster %s: %s", now.number or "(not numbered)", line)
-        self.context.audit.record(
-            "roster", number=now.number, digest=now.digest, sites=[*now.sites]
-        )
         if now.document:
             self.sessions.broadcast(frames.Roster(now.document), now.sites)
         self.changed()

@@ -24,6 +24,7 @@ from fedcore.audit.verify import Anchor
 from fedcore.errors import BadInput, CertificateRefused, Refused
 from fedcore.files import append_row
 from fedcore.secagg.crypto.symmetric import framed
+from fedcore.types import Json
 
 LABEL = b"audit receipt"
 RECEIPTS_FILE = "audit.receipts.jsonl"
@@ -97,10 +98,11 @@ class Receipt:
     def parse(cls, data: bytes) -> Self:
         """The receipt of a line. Raises BadInput."""
         try:
-            about = dict(json.loads(data))
+            about: Json = json.loads(data)
             if about.pop("receipt") != 1:
                 raise ValueError
-            found = cls(**about | {"signature": base64.b64decode(about["signature"])})
+            about["signature"] = base64.b64decode(about["signature"])
+            found = cls(**about)
             found.signed(_Nothing())
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, binascii.Error):
             raise BadInput("audit: found bytes that are no receipt") from None
