@@ -59,11 +59,11 @@ class OperatorsApi:
         name = f"{asked.task[:48].strip()}-{secrets.token_hex(4)}"
         offer = job_messages.JobOffer(name, asked.task, asked.task_sha256, canonical(settings))
         found = JobRunner(context, hub.sessions, offer, peer.name)
-        found.disk.keep_job_file(asked.toml)
         self._record(
             "submit", peer, job=name, task=asked.task, task_sha256=asked.task_sha256,
             settings=hashlib.sha256(offer.settings).hexdigest(), roster=found.roster.digest,
         )  # fmt: skip
+        found.disk.keep_job_file(asked.toml)
         context.journal.put(name, "submitter", peer.name.encode())
         context.journal.put(name, ROSTER_KEY, found.roster.to_bytes())
         context.journal.put(name, "offer", encode(offer))
