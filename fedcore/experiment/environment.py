@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,14 +27,10 @@ def random_causes(*hash_seeds: str) -> str:
 
 def environment() -> Json:
     """Versions (None where not installed), system, CPU model, usable cores, commit of a checkout."""
-    versions: dict[str, str | None] = dict.fromkeys(("torch", "numpy", "tenseal", "cryptography"))
-    for name in versions:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
     return {
         "fedcore": fedcore.__version__,
         "python": platform.python_version(),
-        **versions,
+        **_versions(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cores": usable_cores(),
@@ -41,6 +38,15 @@ def environment() -> Json:
         "hash_seed": hash_seed(),
         "commit": _commit(),
     }
+
+
+@cache  # they are read from files, which takes a tenth of a small run
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = dict.fromkeys(("torch", "numpy", "tenseal", "cryptography"))
+    for name in versions:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def usable_cores() -> int:

@@ -49,7 +49,8 @@ class JsonRecord(Mapping[str, Any]):
         """
         beside = {name: kind for name, (_, kind) in _keys(cls).items() if name in cls._beside}
         own = {name: place for name, place in _keys(cls).items() if name not in beside}
-        others = {k: v for k, v in found.items() if k not in {key for key, _ in own.values()}}
+        keys = {key for key, _ in own.values()}
+        others = {k: v for k, v in found.items() if k not in keys}
         values = {name: _read(kind, others, name) for name, kind in beside.items()}
         for name, (key, kind) in own.items():
             if key in found:
@@ -90,18 +91,23 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+@cache  # a result has some thousand values of some hundred types
+def _form(kind: Any) -> tuple[Any, tuple[Any, ...], bool, Any]:
+    """Of a field's type: its origin, its arguments, whether it is a record, and what JSON has for it."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    record = isinstance(origin, type) and issubclass(origin, JsonRecord)
+    forms: Any = {Mapping: dict, tuple: list, float: int | float, UnionType: kind}
+    return origin, inner, record, dict if record else forms.get(origin, origin)
+
+
 def _read(kind: Any, value: Any, where: str) -> Any:
     """A JSON value in the form that a field of this type has. Raises TypeError, naming the field."""
-    origin, inner = get_origin(kind) or kind, get_args(kind)
+    origin, inner, record, form = _form(kind)
     if NoneType in inner:
         return None if value is None else _read(inner[0], value, where)
     if kind is Any:
         return value
-    record = isinstance(origin, type) and issubclass(origin, JsonRecord)
-    form: Any = {Mapping: dict, tuple: list, float: int | float, UnionType: kind}.get(
-        origin, origin
-    )
-    if not isinstance(value, dict if record else form):
+    if not isinstance(value, form):
         raise TypeError(f"{where}: found {type(value).__name__}, expected {kind}")
     if record:
         return kind.from_json(value)
