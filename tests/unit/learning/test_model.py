@@ -160,6 +160,38 @@ def test_building_leaves_the_caller_s_generators_alone():
     np.testing.assert_array_equal(np.random.rand(3), expected[1])
 
 
+@pytest.mark.parametrize("drawn", [0, 1, 2, 311, 624, 1000])
+@pytest.mark.parametrize("inside", [0, 1, 700])
+def test_seeding_leaves_numpy_where_it_was_and_the_normal_value_it_keeps(drawn, inside):
+    """Normal values are made in pairs; 624 words are made at once."""
+    for extra in (0, 1):
+        np.random.seed(7)
+        np.random.rand(drawn), np.random.standard_normal(extra)
+        before = np.random.get_state(legacy=False)
+        assert before["has_gauss"] == extra
+        with seeded(0, 1, "a", "train"):
+            np.random.standard_normal(inside)
+            inner = np.random.get_state(legacy=False)
+            with seeded(0, 2, "a", "train"):
+                np.random.standard_normal(3)
+            after = np.random.get_state(legacy=False)
+            assert str(after) == str(inner)
+            np.testing.assert_array_equal(after["state"]["key"], inner["state"]["key"])
+        after = np.random.get_state(legacy=False)
+        assert str(after) == str(before)
+        np.testing.assert_array_equal(after["state"]["key"], before["state"]["key"])
+
+
+def test_seeding_refuses_another_generator_in_numpys_place():
+    before = np.random.mtrand.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(1))
+    try:
+        with pytest.raises(TypeError, match="found PCG64"), seeded(0, 1, "a", "train"):
+            pass
+    finally:
+        np.random.set_bit_generator(before)
+
+
 @pytest.mark.parametrize("wrong", [3, None, "model"])
 def test_a_model_function_must_return_a_module(wrong):
     with pytest.raises(BadInput, match="expected a torch"):
