@@ -37,6 +37,8 @@ def plain(value: object) -> str:
     Task names and site ids come from users; an escape sequence in one must not reach a terminal.
     """
     text = " ".join(str(value).split())
+    if text.isprintable():  # nearly all
+        return text
     return "".join("�" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
 
 
