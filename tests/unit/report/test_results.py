@@ -181,10 +181,11 @@ EVENT = {
         "for": {"a": {"doing": "training", "last_seen": None}, "b": None}, "of": 4, "until": 900,
         "then": 0, "least": 3, "in_round": True,
     },
-    "public_metrics": True, "model": False, "metrics": METRICS,
+    "public_metrics": True, "model": False, "metrics": METRICS, "roster": 0,
     "sites": {
         "a": {
             "connected": True, "evicted": False, "since": 1.0, "last_seen": 2.0, "doing": "", "unable": "",
+            "roster": "",
         }
     },
     "new_rounds": [RELEASED, ABANDONED], "new_metrics": [METRICS],
