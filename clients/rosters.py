@@ -218,7 +218,7 @@ def roster_lines(about: Json) -> list[str]:
     """The rosters in words."""
     number, sites = about["number"], about["sites"]
     name = f"roster {number}" if number else "roster without a number"
-    lines = [f"{name}: {len(sites)} sites: {', '.join(sites)}"]
+    lines = [f"{name}: {len(sites)} site{'s' * (len(sites) != 1)}: {', '.join(sites)}"]
     waiting = about["waiting"]
     if waiting is not None:
         lines.append(
