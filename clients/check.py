@@ -7,6 +7,7 @@ and a running site is not disturbed. What the checks find out about rows is prin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import socket
@@ -238,6 +239,7 @@ def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
 
 def _network(config: SiteConfig, papers: Papers) -> Iterator[Check]:
     through = proxied(config.host, config.through)
+    config = config if through else _serving(config)
     host, port = (through[0], through[1]) if through else (config.host, config.port)
     whose = "proxy" if through else "coordinator"
     steps = (
@@ -253,6 +255,14 @@ def _network(config: SiteConfig, papers: Papers) -> Iterator[Check]:
     if welcome is not None:
         yield _line("clock", lambda: clock_text(*welcome))
         yield _line("version", lambda: version_text(welcome[0].software))
+
+
+def _serving(config: SiteConfig) -> SiteConfig:
+    """With the first of its addresses that accepts connections as the coordinator: a standby's port is not bound."""
+    for host, port in config.addresses if config.standbys else ():
+        with contextlib.suppress(OSError), socket.create_connection((host, port), SECONDS):
+            return config.model_copy(update={"coordinator": authority_of(host, port)})
+    return config
 
 
 def _addresses(host: str, port: int, whose: str) -> str:

@@ -129,7 +129,8 @@ class Session:
         self._telling: dict[str, asyncio.TimerHandle] = {}
         self._partial: dict[bytes, bytearray] = {}
         """What came of the last download that broke off."""
-        self._addresses, self._turn = config.addresses, 0
+        self._turn = 0
+        """Which of the addresses is connected or tried, counted on and on."""
         self.since: float | None = None
         """Start of the present session, None without one."""
         self.last_error = ""
@@ -168,7 +169,8 @@ class Session:
 
     @property
     def _place(self) -> tuple[str, int]:
-        return self._addresses[self._turn % len(self._addresses)]
+        addresses = self._config.addresses
+        return addresses[self._turn % len(addresses)]
 
     @property
     def coordinator(self) -> str:
@@ -195,7 +197,7 @@ class Session:
             if not self._was_welcome:
                 self._turn += 1
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            if self._turn % len(self._addresses) == 0:  # every address was tried
+            if self._turn % len(self._config.addresses) == 0:  # every address was tried
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _tried(self) -> None:

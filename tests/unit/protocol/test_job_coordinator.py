@@ -408,6 +408,20 @@ def test_a_round_whose_sum_may_be_known_waits_as_long_as_a_job_for_its_start():
     assert found.driver.unreleasable(at(2.0 + LIMITS.enough, found.sites)) == ""
 
 
+def test_a_sum_that_another_machine_had_is_waited_for_no_longer_than_a_stage():
+    """The sites that fetched it may be enough to release it, and nobody else can get it any more."""
+    found = Rounds()
+    found.begin()
+    found.pump(until=lambda: isinstance(found.facts.stage, coordinator.Releasing))
+    found.driver.restore(None, at(1.0, found.sites), restarted=True)
+    assert found.driver.unreleasable(at(1.0 + LIMITS.stage, found.sites)) == ""
+    text = found.driver.unreleasable(at(2.0 + LIMITS.stage, found.sites))
+    assert "its sum is not on this machine" in text and "no other may be taken" in text
+    here = KeptFile(b"s" * 32, 10)
+    found.driver.restore(here, at(1.0, found.sites), restarted=True)
+    assert found.driver.unreleasable(at(2.0 + LIMITS.stage, found.sites)) == ""
+
+
 def abandoned(purpose, training_round):
     why = AbandonedRound(stage="keys", left=2)
     about = {"round": training_round, "purpose": purpose, "seconds": 0.1}
