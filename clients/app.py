@@ -330,6 +330,7 @@ class Site:
                     "expected it welcome",
                     remedy=_REMEDIES.get(refused.code, ""),
                 )
+            self.receipts.ask()
             await self.session.goodbye("the site stops")
         finally:
             tasks = [session, status, keys, operator, renewal, waiting, *self._running.values()]

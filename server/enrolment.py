@@ -26,6 +26,7 @@ from fedcore_server.config import FederationConfig
 from fedcore_server.federation import Enrolment, FederationFiles
 from fedcore_server.tls import listen_sockets
 
+from fedcore.audit.seldom import Seldom
 from fedcore.audit.trail import NoTrail, Recorder
 from fedcore.errors import FedcoreError, Refused, printable
 from fedcore.identity.authority import Authority
@@ -46,13 +47,15 @@ SECONDS = 15.0
 @dataclass
 class Enrolments:
     """Answers requests to join, and to renew. authority: None where its key is not open in this process. automatic:
-    whether requests with a valid token are granted at once. audit: the coordinator's trail."""
+    whether requests with a valid token are granted at once. audit: the coordinator's trail. refusals: those that are
+    recorded there."""
 
     files: FederationFiles
     authority: Authority | None
     clock: Callable[[], datetime]
     automatic: bool = True
     audit: Recorder = field(default_factory=NoTrail)
+    refusals: Seldom = field(default_factory=Seldom)
 
     def answer(self, data: bytes) -> Json:
         """The answer to a request of any origin. Blocking: it waits for the federation's lock and reads files."""
@@ -66,7 +69,10 @@ class Enrolments:
             return self._granted(found)
         except JoinRefused as refused:
             LOG.warning("site %s: refused to join (%s)", printable(site, 64), refused.word)
-            self._record("refused", site, refused.word)
+            if self.refusals.allows(
+                (refused.word, site)
+            ):  # whoever reaches the port can be refused
+                self._record("refused", printable(site, 64), refused.word)
             return {"state": "refused", "word": refused.word}
         except FedcoreError as error:
             LOG.warning("site %s: its request to join was not answered: %s", site, error)

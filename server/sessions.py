@@ -18,6 +18,7 @@ from fedcore_server.probes import Counts
 from fedcore_server.tls import Gate, ServicerContext, refuse
 
 from fedcore.audit.lines import Fact
+from fedcore.audit.seldom import Seldom
 from fedcore.errors import CertificateRefused, StoreProblem, printable
 from fedcore.identity.peer import Peer
 from fedcore.secagg.protocol.job_messages import ToSite
@@ -34,9 +35,6 @@ MOST_FRAMES, MOST_BYTES = 4096, 64 << 20
 
 FIRST_FRAME_SECONDS = 10.0
 """Timeout of a call without its first frame."""
-
-MINUTE, MOST_REFUSALS = 60.0, 60
-"""Refused calls that are recorded: so many in so many seconds, and each text once."""
 
 EVICTED = "evicted"
 """Why a site that an operator evicted is `unable`, and the code of its Goodbye."""
@@ -110,8 +108,7 @@ class Sessions:
         kept = context.journal.get("coordinator", "away")
         self.away: dict[str, str] = json.loads(kept) if kept else {}
         """{site: why it is away, of `frames.AWAY`}, where its operator says so."""
-        self._refusals: dict[tuple[str, str], float] = {}
-        """When a refusal was last recorded, in monotonic seconds, by call and text."""
+        self._refusals = Seldom()
         self._packed: tuple[str, ToSite | None, bytes] = "", None, b""
         """The last job, message and serialised frame: the same message usually goes to all sites."""
 
@@ -133,14 +130,10 @@ class Sessions:
             await refuse(context, error)
 
     def refused(self, call: str, error: Exception, word: str, peer: Peer | None = None) -> None:
-        """Record a refused call: one of the same kind in a minute, so that a flood of them does not fill the disk."""
+        """Record a refused call: one of the same kind in a minute."""
         who = {} if peer is None else {"by": peer.name, "certificate": peer.fingerprint}
-        key, now = (call, str(error)), time.monotonic()
-        self._refusals = {k: at for k, at in self._refusals.items() if now - at < MINUTE}
-        if key in self._refusals or len(self._refusals) >= MOST_REFUSALS:
-            return
-        self._refusals[key] = now
-        self.note("refused", call=call, word=word, text=printable(str(error), 400), **who)
+        if self._refusals.allows((call, str(error))):
+            self.note("refused", call=call, word=word, text=printable(str(error), 400), **who)
 
     def note(self, event: str, **facts: Fact) -> None:
         """Record what no message relies on; where the disk refuses it, the log has it."""

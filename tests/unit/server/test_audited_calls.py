@@ -11,11 +11,12 @@ from fedcore_server.context import CoordinatorContext
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.operators import wire_settings
 from fedcore_server.operators_api import OperatorsApi
-from fedcore_server.sessions import MOST_REFUSALS, SiteSession
+from fedcore_server.sessions import SiteSession
 from support.full_disk import no_file_beyond
 
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.lines import Line
+from fedcore.audit.seldom import MOST
 from fedcore.audit.trail import TRAIL_FILE, AuditTrail
 from fedcore.config import build_job
 from fedcore.errors import BadInput, StoreFull
@@ -104,9 +105,9 @@ def test_refusals_are_recorded_once_a_minute_and_few_in_all(hub):
     for _ in range(5):
         hub.sessions.refused("Submit", BadInput("no\nrounds"), "BadInput", ANN)
     assert [f["text"] for _, f in recorded(hub)] == ["no rounds"]
-    for number in range(3 * MOST_REFUSALS):
+    for number in range(3 * MOST):
         hub.sessions.refused("Submit", BadInput(f"job {number}"), "BadInput", ANN)
-    assert len(recorded(hub)) == MOST_REFUSALS
+    assert len(recorded(hub)) == MOST
 
 
 def test_refusal_that_cannot_be_recorded_is_logged(hub, caplog):
