@@ -63,11 +63,11 @@ def _change(folder: Path, to: Callable[[Control], Control]) -> Control:
     path = folder / CONTROL_FILE
     with refusals("folder", folder):
         make_folder(folder)
+        close_to_others(folder, ())  # and what is written from now on
         lock = FileLock(folder / LOCK_FILE, _busy)
         try:
             found = to(read_control(folder))
             write_json(path, asdict(found))
-            close_to_others(folder, (CONTROL_FILE, LOCK_FILE))
             sync_folder(folder)
         finally:
             lock.release()

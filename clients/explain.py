@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedcore_clients.app import RECIPE_FILE, job_folder, read_papers, require_job
 from fedcore_clients.config import SiteConfig
-from fedcore_clients.leaving import Item, Leaving
+from fedcore_clients.leaving import Outgoing, OutgoingList
 
 from fedcore.config import Job, build_job, plan_of, read_job_file
 from fedcore.errors import BadInput, Refused
@@ -23,7 +23,6 @@ from fedcore.learning.data.split import split_from_json
 from fedcore.learning.model import single_thread
 from fedcore.learning.site import SiteTrainer
 from fedcore.learning.task import Task, load_task
-from fedcore.report.phrases import size
 from fedcore.secagg.label import Terms, label_of
 from fedcore.secagg.plan import RoundPlan
 from fedcore.types import Json, SiteId
@@ -34,7 +33,7 @@ class Explained:
     """A job's plan, its label, and the list."""
 
     plan: RoundPlan
-    items: tuple[Item, ...]
+    items: tuple[Outgoing, ...]
 
     @property
     def label(self) -> list[str]:
@@ -70,7 +69,7 @@ def explain(config: SiteConfig, what: str) -> Explained:
         recipe = read_json(job_folder(config.folder, what) / RECIPE_FILE)
         sites = tuple(map(SiteId, recipe.get("sites") or _sites(config)))
         plan, features = _plan_of_job(config, recipe["task"], build_job(recipe["settings"]), sites)
-    leaving = Leaving(plan, features, len(plan.sites), config.policy.fields)
+    leaving = OutgoingList(plan, features, len(plan.sites), config.policy.fields)
     return Explained(plan, tuple(leaving.items()))
 
 
@@ -122,7 +121,7 @@ def explained_lines(found: Explained) -> Iterator[str]:
     vectors = [item for item in found.items if item.kind == "vector"]
     yield "What is made of this site's rows leaves in these vectors only:"
     for item in vectors:
-        yield f"  {item.name}: {item.what}, {size(item.most)}; read by {item.read_by}"
+        yield f"  {item.name}: {item.what}, {item.most:,} bytes; read by {item.read_by}"
         yield from (f"    {part.name}: {part.type}, {part.values}" for part in item.parts)
     yield "Everything that may leave, and nothing else does:"
     rows = [("name", "kind", "bytes at most", "fields", "read by")]
@@ -130,7 +129,7 @@ def explained_lines(found: Explained) -> Iterator[str]:
         read_by = "as above" if item in vectors else item.read_by
         sealed = [part.name for part in item.parts if part.read_by not in ("", item.read_by)]
         if sealed:
-            read_by += f"; but {', '.join(sealed)}: only the site it is for"
+            read_by += f", which cannot open {', '.join(sealed)}: sealed for sites"
         names = ", ".join(part.name for part in item.parts) or item.what
         rows.append((item.name, item.kind, f"{item.most:,}", names, read_by))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]

@@ -21,7 +21,7 @@ from fedcore_clients.audited import events_of, vector_event
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.job_policy import JobPolicy
 from fedcore_clients.job_work import JobWork, guard_rules
-from fedcore_clients.leaving import Leaving
+from fedcore_clients.leaving import OutgoingList
 from fedcore_clients.ledger import Exposure, JobLedger
 from fedcore_clients.offers import PlanMaker
 from fedcore_clients.session import Session
@@ -85,7 +85,7 @@ class JobRunner:
         self.work = JobWork(context, link, contributor, offer, tuple(self.roster.sites))
         self._making: asyncio.Task[Event | None] | None = None
         self._uploading: tuple[bytes, asyncio.Task[Event | None]] | None = None
-        self._leaving: Leaving | None = None
+        self._leaving: OutgoingList | None = None
         self._tracking: list[asyncio.Task[Event | None]] = []
         public = context.identity.public
         policy = JobPolicy(context.policy, context.ledger, self.roster.sites, context.id, public)
@@ -186,12 +186,12 @@ class JobRunner:
         self.mailbox.put(events.PolicyChanged(rules.minimum_sites))
 
     @property
-    def leaving(self) -> Leaving:
+    def leaving(self) -> OutgoingList:
         """What may leave this site for the job now."""
         plan, may, kept = self.job.plan, self.context.policy.rules.fields, self._leaving
         if kept is None or kept.plan is not plan or kept.may is not may:
             features = self.job.parts.agreed.features if self.job.parts is not None else 0
-            kept = self._leaving = Leaving(plan, features, len(self.roster.sites), may)
+            kept = self._leaving = OutgoingList(plan, features, len(self.roster.sites), may)
         return kept
 
     def connected(self) -> None:

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 CHECKPOINT, MODEL = "checkpoint", "model"
 _COORDINATOR = "the coordinator"
-_ONE_SITE = "the site it is sealed for; the coordinator passes it on and cannot open it"
+_SITES = "the sites it is sealed for; the coordinator passes it on and cannot open it"
 _HOLDERS = "the sites, which hold the key; the coordinator passes it on and cannot open it"
 _CARRIERS = frames.Record, frames.SmallUpload
 """Frames whose content is on the list itself."""
 
 
 @dataclass(frozen=True)
-class Part:
+class OutgoingField:
     """One field. values: its range, in words."""
 
     name: str
@@ -50,7 +50,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Item:
+class Outgoing:
     """One thing that may leave. kind: "vector", "file", "record" or "frame"; most: its bytes at most."""
 
     name: str
@@ -58,14 +58,14 @@ class Item:
     what: str
     most: int
     read_by: str
-    parts: tuple[Part, ...] = ()
+    parts: tuple[OutgoingField, ...] = ()
 
     def to_json(self) -> Json:
         """For `--json`."""
         return asdict(self)
 
 
-class Leaving:
+class OutgoingList:
     """What may leave under a plan, None before there is one. features: columns that are standardised; may: the fields
     that the policy lets out, None for all."""
 
@@ -108,26 +108,28 @@ class Leaving:
             "or of the job",
         )
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Iterator[Outgoing]:
         """The whole list: vectors first, then files, records and frames."""
         plan = self.plan
         if plan is not None:
             yield from self._vectors(plan)
             what = "the state of the last release, for a site that missed it"
-            yield Item(CHECKPOINT, "file", what, most_state_bytes(plan), _HOLDERS)
+            yield Outgoing(CHECKPOINT, "file", what, most_state_bytes(plan), _HOLDERS)
             if plan.release == "coordinator":
                 what = "the model and statistics of the last round"
-                yield Item(MODEL, "file", what, most_state_bytes(plan), _COORDINATOR)
+                yield Outgoing(MODEL, "file", what, most_state_bytes(plan), _COORDINATOR)
         for name, entry in TO_COORDINATOR.items():
             if most := self.most(name, "record"):
                 parts = tuple(_parts(entry.kind))
-                yield Item(name, "record", _first_line(entry.kind), most, _COORDINATOR, parts)
+                yield Outgoing(name, "record", _first_line(entry.kind), most, _COORDINATOR, parts)
         for frame in get_args(frames.FromSite):
             if frame not in _CARRIERS:
                 what, most = _first_line(frame), frames.most_bytes(frame)
-                yield Item(frame.__name__, "frame", what, most, _COORDINATOR, tuple(_parts(frame)))
+                yield Outgoing(
+                    frame.__name__, "frame", what, most, _COORDINATOR, tuple(_parts(frame))
+                )
 
-    def _vectors(self, plan: RoundPlan) -> Iterator[Item]:
+    def _vectors(self, plan: RoundPlan) -> Iterator[Outgoing]:
         terms = Terms.of_plan(plan)
         readers = f"{readers_of(terms)}; this site's alone: {works_out(terms)}"
         for name in self.sizes:
@@ -135,24 +137,30 @@ class Leaving:
             rounds = len(purpose.rounds(plan, self.features))
             parts = tuple(_contents(plan, purpose.vector(plan, self.features)))
             what = f"{rounds} in the job, one a round" if rounds > 1 else "one in the job"
-            yield Item(name, "vector", what, self.most(name, "vector"), readers, parts)
+            yield Outgoing(name, "vector", what, self.most(name, "vector"), readers, parts)
 
 
-def _contents(plan: RoundPlan, spec: VectorSpec) -> Iterator[Part]:
+def _contents(plan: RoundPlan, spec: VectorSpec) -> Iterator[OutgoingField]:
     """The fields of a vector, in its order."""
     if spec.coordinates:
         start = plan.range.start
         bound = "the range that the first round finds" if start is None else f"{start:g} at first"
         of = f"{spec.coordinates} integers of {plan.packing.bits} bits"
-        yield Part("coordinates", of, f"from -C to C, C = {bound}; what exceeds it is clipped")
+        yield OutgoingField(
+            "coordinates", of, f"from -C to C, C = {bound}; what exceeds it is clipped"
+        )
     for wide in spec.wides:
         count = "1 integer" if wide.count == 1 else f"{wide.count} integers"
-        yield Part(wide.name, f"{count} of {wide.bits} bits", f"0 to {(1 << wide.bits) - 1}")
+        yield OutgoingField(
+            wide.name, f"{count} of {wide.bits} bits", f"0 to {(1 << wide.bits) - 1}"
+        )
     for mark in spec.marks:
-        yield Part(mark, "1 integer, in a place of this site's own", "0 or 1")
+        yield OutgoingField(mark, "1 integer, in a place of this site's own", "0 or 1")
 
 
-def _parts(kind: type[Any], prefix: str = "", read_by: str = _COORDINATOR) -> Iterator[Part]:
+def _parts(
+    kind: type[Any], prefix: str = "", read_by: str = _COORDINATOR
+) -> Iterator[OutgoingField]:
     """The fields of a record or frame, those of records inside it with their path."""
     hints = get_type_hints(kind, include_extras=True)
     for each in fields(kind):
@@ -164,8 +172,8 @@ def _parts(kind: type[Any], prefix: str = "", read_by: str = _COORDINATOR) -> It
             continue
         limit = next((mark.expected for mark in marks if isinstance(mark, Limit)), "")
         words = getattr(plain, "__name__", str(plain))
-        reader = _ONE_SITE if SEALED in marks else read_by
-        yield Part(path, f"list of {words}" if listed else words, limit, reader)
+        reader = _SITES if SEALED in marks else read_by
+        yield OutgoingField(path, f"list of {words}" if listed else words, limit, reader)
 
 
 def _unlisted(hint: Any) -> tuple[Any, bool]:
@@ -219,5 +227,5 @@ class JobGate:
             return False
         return True
 
-    def _of(self, job: str) -> Leaving:
-        return self._jobs[job].leaving if job in self._jobs else Leaving(None, 0, 0)
+    def _of(self, job: str) -> OutgoingList:
+        return self._jobs[job].leaving if job in self._jobs else OutgoingList(None, 0, 0)

@@ -108,6 +108,16 @@ class Offline(Exception):
     """There is no session now: retry at the next one."""
 
 
+class _Presence:
+    """Whether there is to be a session. away: why not, of `frames.AWAY`, or ""; attempt: the one under way."""
+
+    def __init__(self) -> None:
+        self.away = ""
+        self.wanted = asyncio.Event()
+        self.wanted.set()
+        self.attempt: asyncio.Task[None] | None = None
+
+
 class Session:
     """Runs until cancelled. on_frame: of `ForJobs`; on_connected: after a Welcome; gate: what each record and upload
     passes."""
@@ -137,11 +147,7 @@ class Session:
         self.welcome: frames.Welcome | None = None
         self.refused: frames.Goodbye | None = None
         self._was_welcome = False
-        self.away = ""
-        """Why there is to be no session, of `frames.AWAY`; "" where there is to be one."""
-        self._wanted = asyncio.Event()
-        self._wanted.set()
-        self._attempt: asyncio.Task[None] | None = None
+        self._presence = _Presence()
 
     async def ask(self, call: calls.Call[Q, A], asked: Q) -> A:
         """The answer to a call beside the session. Raises Offline without a session, AioRpcError for a refusal."""
@@ -154,18 +160,19 @@ class Session:
 
     async def go_away(self, word: str) -> None:
         """End the session, and begin none before `come_back`. word: of `frames.AWAY`, for the coordinator."""
-        already, self.away = self.away, word
+        found = self._presence
+        already, found.away = found.away, word
         if already:
             return
-        self._wanted.clear()
+        found.wanted.clear()
         await self.goodbye("the operator of the site wants it", word)
-        if self._attempt is not None:
-            self._attempt.cancel()
+        if found.attempt is not None:
+            found.attempt.cancel()
 
     def come_back(self) -> None:
         """Sessions may begin again; idempotent."""
-        self.away = ""
-        self._wanted.set()
+        self._presence.away = ""
+        self._presence.wanted.set()
 
     @property
     def _place(self) -> tuple[str, int]:
@@ -181,11 +188,12 @@ class Session:
         """Run sessions, one after the other, until the coordinator refuses this site permanently."""
         pause = FIRST_PAUSE
         while self.refused is None:
-            await self._wanted.wait()
+            await self._presence.wanted.wait()
             started = time.monotonic()
-            self._attempt = asyncio.get_running_loop().create_task(self._tried())
+            attempt = asyncio.get_running_loop().create_task(self._tried())
+            self._presence.attempt = attempt
             try:
-                await self._attempt
+                await attempt
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():

@@ -11,7 +11,7 @@ import pytest
 from fedcore_clients import leaving
 from fedcore_clients.config import read_config
 from fedcore_clients.explain import explain, explained_lines
-from fedcore_clients.leaving import JobGate, Leaving
+from fedcore_clients.leaving import JobGate, OutgoingList
 from fedcore_clients.policy import PolicySection
 from fedcore_clients.session import Offline, Session
 from pydantic import ValidationError
@@ -34,7 +34,7 @@ MASKED_ONLY = {"Keys", "Shares", "Confirm", "Unmask"}
 
 
 def listed(plan, may=None, features=0):
-    found = Leaving(plan, features, 4, may)
+    found = OutgoingList(plan, features, 4, may)
     return {item.name: item for item in found.items()}
 
 
@@ -63,7 +63,7 @@ def test_records_travel_under_the_plans_that_need_them_only(protection):
     if protection != "encrypted":
         given = listed(plan_for(protection, public_metrics=True, release="coordinator"))
         assert {"PublicMetrics", "ModelMade", "model"} <= given.keys()
-    assert {"Survey", "Unable"} <= {item.name for item in Leaving(None, 0, 4).items()}
+    assert {"Survey", "Unable"} <= {item.name for item in OutgoingList(None, 0, 4).items()}
 
 
 def test_a_sealed_field_is_read_by_the_site_it_is_for():
@@ -95,7 +95,7 @@ class Sent(Session):
     """A session that is open; what leaves it is kept."""
 
     def __init__(self, gate):
-        super().__init__(None, SimpleNamespace(host="h", port=1), None, None, None, gate)
+        super().__init__(None, SimpleNamespace(addresses=[("h", 1)]), None, None, None, gate)
         self.sent = []
 
     def _put(self, frame):
@@ -243,7 +243,8 @@ def test_a_job_file_a_plan_and_an_offered_job_are_explained_alike(site):
     text = "\n".join(explained_lines(found))
     assert "  update: 4 in the job, one a round, " in text and "Protects against: " in text
     assert (
-        "coordinates: 4 integers of" in text and "parcels.envelope: only the site it is for" in text
+        "coordinates: 4 integers of" in text
+        and "which cannot open parcels.envelope: sealed for sites" in text
     )
     write_json(base / "plan.json", found.plan.to_json() | {"bytes_up": 1})
     assert explain(site, str(base / "plan.json")).items == found.items

@@ -41,8 +41,8 @@ def test_what_the_operator_said_outlives_every_process(tmp_path):
     assert found.refresh() and (found.now.away, found.now.vetoed) == ("left", ("j1", "j2"))
     control.resume(tmp_path)
     assert found.refresh() and (found.now.away, found.now.vetoed) == ("", ("j1", "j2"))
-    mode = (tmp_path / control.CONTROL_FILE).stat().st_mode
-    assert stat.S_IMODE(mode) == 0o600
+    for name in (control.CONTROL_FILE, control.LOCK_FILE):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
 
 
 def test_two_commands_at_once_do_not_lose_a_word(tmp_path):
@@ -111,9 +111,7 @@ class Kept(Session):
     """A session that is open as long as it is wanted; goodbyes are kept."""
 
     def __init__(self):
-        super().__init__(
-            None, type("Where", (), {"host": "h", "port": 1})(), None, None, None, None
-        )
+        super().__init__(None, SimpleNamespace(addresses=[("h", 1)]), None, None, None, None)
         self.begun, self.told = 0, []
 
     async def _once(self):
@@ -137,14 +135,14 @@ def test_a_site_that_is_away_has_no_session_until_it_is_back():
         await link.go_away("paused")
         await link.go_away("left")
         await settled()
-        assert (link.begun, link.told, link.away) == (1, ["paused"], "left")
+        assert (link.begun, link.told, link._presence.away) == (1, ["paused"], "left")
         link.come_back()
         await settled()
-        assert link.begun == 2 and link.away == ""
+        assert link.begun == 2 and link._presence.away == ""
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
-        assert running.cancelled() and link._attempt.cancelled()
+        assert running.cancelled() and link._presence.attempt.cancelled()
 
     asyncio.run(play())
 
@@ -212,7 +210,7 @@ def test_an_unknown_time_zone_is_refused():
 def site_of(folder, **rules):
     """A site whose policy has these rules, and its one job, which has a plan; it is in no round."""
     found = offered(folder, submitted(), submitted(), **rules)
-    about = SimpleNamespace(host="h", port=1, policy_file=None, folder=folder)
+    about = SimpleNamespace(addresses=[("h", 1)], policy_file=None, folder=folder)
     site = Site(about, None, found.context, found.contributor)
     site.session, site.jobs = Kept(), {"job": found}
     return site, found
@@ -236,7 +234,7 @@ def test_outside_its_hours_a_site_joins_no_round_and_then_ends_its_session(tmp_p
         assert f"no new round before {day:%a %d %b} 10:00 UTC" in site.status()["away"]
         found.context.policy.rules = policy_of().rules
         await site._obey()
-        assert site.session.away == "" and site.status()["away"] == ""
+        assert site.session._presence.away == "" and site.status()["away"] == ""
         before = found.mailbox.backlog
         site._on_frame(announced())
         assert found.mailbox.backlog == before + 1, "control"
