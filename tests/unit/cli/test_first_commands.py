@@ -196,7 +196,7 @@ def test_fixed_test_rows_are_not_called_folds():
     ],
 )
 def test_an_orderly_end_of_a_session_is_no_error(code, error):
-    address = SimpleNamespace(host="localhost", port=1)
+    address = SimpleNamespace(addresses=[("localhost", 1)])
     session = Session(None, address, None, None, None, None)
     session.last_error = "of a moment ago"
     session._goodbye(frames.Goodbye(code, "why"))
