@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import socket
 import ssl
@@ -14,8 +15,10 @@ from datetime import timedelta
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from fedcore_clients import joining
+from fedcore_clients.cli import main
 from fedcore_clients.config import read_config
 from fedcore_server import enrolment
+from fedcore_server.federation_views import sites_rows
 
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.lines import Line
@@ -527,3 +530,87 @@ def test_requests_are_read_from_any_bytes():
         JoinAnswer.parse(b'{"state": "joined"}', "coordinator")
     with pytest.raises(BadInput, match="found no answer"):
         JoinAnswer.parse(b'{"state": "refused", "word": "other"}', "coordinator")
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def fed_site(capsys, monkeypatch):
+    """Run a command of fed-site with this line on stdin: its exit code, stdout and stderr."""
+
+    def run(*words, line=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\n"))
+        with pytest.raises(SystemExit) as ended:
+            main([*words])
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_waits_for_approval_and_goes_on(files, tmp_path, fed_site):
+    line, out = invited(files).text(), str(tmp_path / "va")
+    with served(files, manual=True):
+        code, shown, said = fed_site("join", "--out", out, line=line)
+        assert (code, shown) == (3, "")
+        assert "the operator has to approve it: fed-coordinator approve va" in said
+        assert "hint: run the same command again" in said
+        (row,) = sites_rows(files, None)
+        assert f"identity key {row['identity']}" in said
+        files.approve("va", authority_of(files), now())
+        code, shown, said = fed_site("join", "--out", out, "--json", line=line)
+    assert (code, said) == (0, "")
+    assert {"state": "joined", "site": "va", "roster": 2}.items() <= json.loads(shown).items()
+    code, _, said = fed_site("join", "--out", out, line=line)
+    assert code == 2
+    assert "found a site that has joined already" in said
+
+
+def test_the_command_shows_what_it_wrote_and_no_secret(files, tmp_path, fed_site):
+    line = invited(files).text()
+    with served(files):
+        code, shown, said = fed_site("join", "--out", str(tmp_path / "va"), line=line)
+    assert code == 0
+    written = {
+        path.relative_to(tmp_path / "va").as_posix() for path in (tmp_path / "va").rglob("*.*")
+    }
+    for name in ("kit/key.pem", "identity.pem", "roster.toml", "site.toml", "policy.toml"):
+        assert name in written
+        assert name in shown
+    assert "fed-site check --config" in shown
+    keys = [
+        (tmp_path / "va" / n).read_text().split("\n")[1] for n in ("kit/key.pem", "identity.pem")
+    ]
+    for secret in (line.rsplit(":", 1)[1], *keys):
+        assert secret not in shown + said
+
+
+def test_the_command_by_files(files, tmp_path, fed_site, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = invited(files).text()
+    code, shown, _ = fed_site("join", "--out", "va", "--request", "request.json", line=line)
+    assert code == 0
+    assert "it holds no private key and no token" in shown
+    text = (tmp_path / "request.json").read_text()
+    assert line.rsplit(":", 1)[1] not in text
+    answer = files_answer(files, JoinRequest.parse(text.encode()))
+    (tmp_path / "answer.json").write_text(json.dumps(answer.to_json()))
+    assert fed_site("join", "--out", "elsewhere", "--answer", "answer.json")[0] == 2
+    code, shown, _ = fed_site("join", "--out", "va", "--answer", "answer.json")
+    assert (code, "site 'va' joined 'heart'" in shown) == (0, True)
+    answer = files.renew("va", None, authority_of(files), now())
+    (tmp_path / "answer.json").write_text(json.dumps(answer.to_json()))
+    code, shown, _ = fed_site("join", "--out", "va", "--answer", "answer.json")
+    assert (code, "the new certificate" in shown) == (0, True)
+
+
+def test_a_refusal_is_one_line_and_a_hint(files, tmp_path, fed_site):
+    line = invited(files).text()
+    with served(files):
+        fed_site("join", "--out", str(tmp_path / "va"), line=line)
+        code, shown, said = fed_site("join", "--out", str(tmp_path / "other"), line=line)
+    assert (code, shown) == (3, "")
+    error, hint = said.splitlines()
+    assert error.startswith("error: coordinator localhost:")
+    assert "used before with other keys" in error
+    assert hint.startswith("hint: ")
