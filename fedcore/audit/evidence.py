@@ -89,7 +89,7 @@ class Federation:
             witnesses=tuple(
                 Witness(
                     text_of(line.facts["header"]), line.time,
-                    f"{source}, line {line.sequence}, has the release of round {line.facts['number']} of "
+                    f"{source}, line {line.sequence}, has release {line.facts['number']} of "
                     f"job {line.facts['job']}",
                 )
                 for line in lines

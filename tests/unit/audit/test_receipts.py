@@ -119,8 +119,8 @@ def test_round_that_another_site_saw_released_is_missed(town):
             other.record("released", survivors=survivors, **about)
     (found,), _ = checked(town, town.folder / "ch" / TRAIL_FILE)
     assert found == (
-        "line 3: before it no line of a round is there: the trail of site ch, line 3, has the release of "
-        "round 1 of job heart-1"
+        "line 3: before it no line of a round is there: the trail of site ch, line 3, has release 1 of "
+        "job heart-1"
     )
 
 
