@@ -76,18 +76,22 @@ def run_forked(
     Raises what the first job in order raises that raises anything, whichever ends first: later ones are killed,
     earlier ones end. Raises BadInput, which names the job, where its process ended without a word.
     """
-    waiting, running = deque(jobs), list[_Running[J, M]]()
+    waiting, running, ended = deque(jobs), list[_Running[J, M]](), list[_Running[J, M]]()
     failed: BaseException | None = None
     spare = False
     try:
-        while waiting or running:
+        while waiting or running or ended:
             while waiting and len(running) < processes:
-                others = [each.connection for each in running]
+                others = [each.connection for each in (*running, *ended)]
                 running.append(_start(waiting.popleft(), work, others))
-            if len(running) < processes and not spare and failed is None:
+            while ended:  # the next job runs already
+                ended[0].process.join(END_SECONDS)
+                _kill(ended[:1])
+                on_done(ended.pop(0).job)
+            if running and len(running) < processes and not spare and failed is None:
                 spare = True
                 on_spare()
-            ready = wait([each.connection for each in running], TICK_SECONDS)
+            ready = wait([each.connection for each in running], TICK_SECONDS) if running else []
             for each in [each for each in running if each.connection in ready]:
                 if each not in running:  # killed: an earlier one failed
                     continue
@@ -95,12 +99,11 @@ def run_forked(
                 if not isinstance(message, _Ended):
                     on_message(each.job, message)
                     continue
-                each.process.join(END_SECONDS)
                 place = running.index(each)
                 if message.error is None:
-                    _kill([running.pop(place)])
-                    on_done(each.job)
+                    ended.append(running.pop(place))
                     continue
+                each.process.join(END_SECONDS)
                 failed = message.error
                 waiting.clear()
                 _kill(running[place:])
@@ -109,7 +112,7 @@ def run_forked(
         if failed is not None:
             raise failed
     finally:
-        _kill(running)
+        _kill([*running, *ended])
 
 
 def _kill(running: Sequence[_Running[J, M]]) -> None:

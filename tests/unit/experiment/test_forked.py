@@ -9,6 +9,7 @@ import os
 import pickle
 import select
 import signal
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -98,6 +99,27 @@ def test_a_garbage_collection_of_a_job_leaves_out_what_it_inherits_and_collects_
         gc.enable()
     assert heard == [([True] * 3, [True] * 2)]
     assert gc.get_freeze_count() == frozen
+
+
+def test_the_next_job_starts_while_the_process_of_the_last_one_ends():
+    started, ready = os.pipe()
+    lasting, last = os.pipe()
+
+    def linger():
+        assert os.read(started, 1) == b"."
+        os.write(last, b"ended by itself")
+
+    def work(job, _send):
+        if job == "a":
+            threading.Thread(target=linger).start()
+        else:
+            os.write(ready, b".")
+
+    assert forked("ab", work, 1) == ["a", "b"]
+    os.close(last)
+    assert os.read(lasting, 20) == b"ended by itself"
+    for end in (started, ready, lasting):
+        os.close(end)
 
 
 def spared(jobs, processes, work=lambda _job, _send: None):
