@@ -539,7 +539,8 @@ class SiteLink:
     async def download(self, job, what, digest):
         await asyncio.sleep(0)
         self._broken(what)
-        stored = self.hub.download(what, digest) if self.hub is not None else None
+        hub = self.hub
+        stored = hub.download(self.name, what, digest) if hub is not None else None
         if stored is None:
             raise Offline
         return container.from_bytes(stored.path.read_bytes())
