@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 
 from fedcore.audit.lines import Fact
-from fedcore.audit.rounds import place
+from fedcore.audit.round_facts import place
 from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.site.machine import SiteJob

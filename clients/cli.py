@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcore.cli.audit import TrailPlace, audit_commands
+from fedcore.cli.audit_commands import TrailPlace, audit_commands
 from fedcore.cli.console import application, echo, emit, run, say, start_logging
 from fedcore.errors import EXIT_REFUSED, BadInput
 
@@ -359,7 +359,7 @@ def _trail(config: Path) -> TrailPlace:
     from fedcore_clients.config import read_config
     from fedcore_clients.rosters import APPROVED_FILE, NEWEST_FILE
 
-    from fedcore.audit.evidence import Federation
+    from fedcore.audit.evidence import TrustedParties
     from fedcore.audit.keys import site_key
     from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, read_limited
     from fedcore.identity.peer import peer_of
@@ -378,7 +378,7 @@ def _trail(config: Path) -> TrailPlace:
         raise BadInput(f"roster: found no site {found.site!r} on it, expected its identity key")
     return TrailPlace(
         found.folder, f"site {found.site}", lambda _: {site_key(pinned)},
-        Federation(federation, authority, pins, found.site),
+        TrustedParties(federation, authority, pins, found.site),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from fedcore_clients.offers import PlanMaker
 from fedcore_clients.session import Session
 from fedcore_clients.trainer import TrainingFailed
 
-from fedcore.audit.rounds import place
+from fedcore.audit.round_facts import place
 from fedcore.errors import FedcoreError, PolicyRefused, StoreProblem
 from fedcore.identity.roster import ROSTER_KEY, PinnedRoster
 from fedcore.learning.guard import GuardMemory

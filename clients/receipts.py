@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from fedcore.audit.receipts import Receipt
+from fedcore.audit.receipt import Receipt
 from fedcore.audit.trail import Recorder
 from fedcore.errors import Refused, StoreProblem
 from fedcore.identity.kit import Kit

@@ -15,7 +15,7 @@ import typer
 from fedcore_server.federation_cli import add_commands
 from rich.console import Console, RenderableType
 
-from fedcore.cli.audit import TrailPlace, audit_commands
+from fedcore.cli.audit_commands import TrailPlace, audit_commands
 from fedcore.cli.console import (
     JobCommand,
     application,
@@ -237,8 +237,8 @@ def result(
 def _trail(config: Path) -> TrailPlace:
     from fedcore_server.config import read_config
 
-    from fedcore.audit.authority import coordinator_keys
-    from fedcore.audit.evidence import COORDINATOR, Federation
+    from fedcore.audit.coordinator_keys import coordinator_keys
+    from fedcore.audit.evidence import COORDINATOR, TrustedParties
     from fedcore.identity.kit import AUTHORITY_FILE, read_limited
     from fedcore.identity.signed_roster import read_pins
 
@@ -248,7 +248,7 @@ def _trail(config: Path) -> TrailPlace:
     return TrailPlace(
         found.folder, f"coordinator of {found.name}",
         lambda data: coordinator_keys(data, authority, found.name),
-        Federation(found.name, authority, pins, COORDINATOR),
+        TrustedParties(found.name, authority, pins, COORDINATOR),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from fedcore_server.folding import JobSum
 from fedcore_server.job_disk import JobDisk
 from fedcore_server.sessions import Sessions
 
-from fedcore.audit.rounds import place
+from fedcore.audit.round_facts import place
 from fedcore.config import Job, build_job, plan_of
 from fedcore.errors import FedcoreError, LeaseLost, StoreFull, StoreProblem
 from fedcore.identity.roster import ROSTER_KEY, PinnedRoster

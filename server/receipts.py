@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from fedcore.audit.keys import CoordinatorSigner
-from fedcore.audit.receipts import Receipt, confirmed_heads
+from fedcore.audit.receipt import Receipt, confirmed_heads
 from fedcore.audit.trail import AuditTrail
 from fedcore.errors import StoreProblem
 from fedcore.wire import frames

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcore.audit.authority import coordinator_keys
+from fedcore.audit.coordinator_keys import coordinator_keys
 from fedcore.audit.keys import site_key
 from fedcore.audit.lines import Line, text_of
-from fedcore.audit.receipts import Receipt, read_receipts
-from fedcore.audit.verify import Anchor, Verdict, Witness, verify
+from fedcore.audit.receipt import Receipt, read_receipts
+from fedcore.audit.verification import Anchor, Verdict, Witness, verify
 from fedcore.errors import BadInput, Refused
 from fedcore.types import SiteId
 
@@ -34,7 +34,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Federation:
+class TrustedParties:
     """What is needed to believe a file. of: the party whose trail is checked; pins: the sites' public keys."""
 
     name: str

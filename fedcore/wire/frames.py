@@ -207,7 +207,7 @@ class TrailHead:
 
 @dataclass(frozen=True)
 class TrailReceipt:
-    """The coordinator confirms a TrailHead, and its own last line (`fedcore/audit/receipts.py`).
+    """The coordinator confirms a TrailHead, and its own last line (`fedcore/audit/receipt.py`).
 
     certificate: of the coordinator, PEM; signature: under its key.
     """

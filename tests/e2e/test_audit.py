@@ -8,7 +8,7 @@ from town import HUB, SITES, scene
 
 from fedcore.audit.keys import site_key
 from fedcore.audit.trail import TRAIL_FILE
-from fedcore.audit.verify import verify
+from fedcore.audit.verification import verify
 from fedcore.secagg.protocol.wire_form import decode
 
 A_ROUND = [

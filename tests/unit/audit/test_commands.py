@@ -8,7 +8,7 @@ from fedcore_clients.cli import main as fed_site
 from fedcore_server.cli import main as fed_coordinator
 
 from fedcore.audit.keys import CoordinatorSigner, SiteSigner
-from fedcore.audit.receipts import RECEIPTS_FILE, Receipt
+from fedcore.audit.receipt import RECEIPTS_FILE, Receipt
 from fedcore.audit.trail import TRAIL_FILE, AuditTrail
 from fedcore.identity.authority import LOOPBACK, Authority
 from fedcore.identity.identities import write_roster

@@ -10,11 +10,11 @@ from fedcore_clients.receipts import Receipts as SiteReceipts
 from fedcore_server.receipts import PAUSE_SECONDS
 from fedcore_server.receipts import Receipts as CoordinatorReceipts
 
-from fedcore.audit.evidence import COORDINATOR, Federation
+from fedcore.audit.evidence import COORDINATOR, TrustedParties
 from fedcore.audit.keys import CoordinatorSigner, SiteSigner, site_key
-from fedcore.audit.receipts import RECEIPTS_FILE, Receipt, read_receipts
+from fedcore.audit.receipt import RECEIPTS_FILE, Receipt, read_receipts
 from fedcore.audit.trail import TRAIL_FILE, AuditTrail
-from fedcore.audit.verify import verify
+from fedcore.audit.verification import verify
 from fedcore.errors import BadInput, Refused
 from fedcore.identity.authority import LOOPBACK, Authority
 from fedcore.identity.kit import Kit
@@ -66,7 +66,7 @@ def town(tmp_path, kits):
 
 
 def federation(of="va"):
-    return Federation("town", OURS.certificate_pem, PINS, of)
+    return TrustedParties("town", OURS.certificate_pem, PINS, of)
 
 
 def checked(town, *files, of="va"):

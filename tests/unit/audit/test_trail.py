@@ -11,7 +11,7 @@ import pytest
 from fedcore.audit.keys import SiteSigner, site_key
 from fedcore.audit.lines import Line
 from fedcore.audit.trail import TRAIL_FILE, AuditTrail, NoTrail
-from fedcore.audit.verify import verify
+from fedcore.audit.verification import verify
 from fedcore.errors import StoreFull, StoreProblem
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from tests.support.full_disk import no_file_beyond

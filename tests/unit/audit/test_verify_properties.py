@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.lines import line_hash
 from fedcore.audit.trail import TRAIL_FILE, AuditTrail
-from fedcore.audit.verify import Anchor, verify
+from fedcore.audit.verification import Anchor, verify
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from tests.unit.audit.conftest import written
 

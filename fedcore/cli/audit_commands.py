@@ -14,9 +14,9 @@ from fedcore.cli.console import echo, emit
 from fedcore.errors import EXIT_REFUSED, BadInput, Refused
 
 if TYPE_CHECKING:
-    from fedcore.audit.evidence import Federation
+    from fedcore.audit.evidence import TrustedParties
     from fedcore.audit.lines import Line
-    from fedcore.audit.verify import Verdict
+    from fedcore.audit.verification import Verdict
     from fedcore.types import Json
 
 Config = Annotated[Path, typer.Option("--config", help="The party's file.")]
@@ -32,7 +32,7 @@ class TrailPlace:
     folder: Path
     party: str
     trusted: Callable[[bytes], set[str]]
-    federation: Federation
+    federation: TrustedParties
 
     def read(self) -> bytes:
         """The bytes of the trail. Raises BadInput."""
@@ -99,7 +99,7 @@ def audit_commands(place: Callable[[Path], TrailPlace], default: Path) -> typer.
         since: Annotated[str, typer.Option("--since", help="From a time in UTC.")] = "",
     ) -> None:
         """Print the trail for a log collector. One line an event, on stdout."""
-        from fedcore.audit.export import FORMATS, exported
+        from fedcore.audit.siem import FORMATS, exported
         from fedcore.errors import UnknownName
 
         if form not in FORMATS:
@@ -113,8 +113,8 @@ def audit_commands(place: Callable[[Path], TrailPlace], default: Path) -> typer.
 
 def _verdict(found: TrailPlace, receipts: Sequence[Path], keys: set[str]) -> Verdict:
     from fedcore.audit.evidence import Evidence
-    from fedcore.audit.receipts import RECEIPTS_FILE
-    from fedcore.audit.verify import verify
+    from fedcore.audit.receipt import RECEIPTS_FILE
+    from fedcore.audit.verification import verify
 
     own, federation = found.folder / RECEIPTS_FILE, found.federation
     data, evidence = found.read(), Evidence()
@@ -189,7 +189,7 @@ def _wanted(found: TrailPlace, job: str, since: str) -> list[Line]:
 
 
 def _table(lines: Sequence[Line]) -> list[str]:
-    from fedcore.audit.export import in_words
+    from fedcore.audit.siem import in_words
 
     if not lines:
         return ["no such lines"]

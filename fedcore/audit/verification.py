@@ -15,7 +15,7 @@ from fedcore.errors import BadInput
 
 
 @dataclass(frozen=True)
-class Finding:
+class Flaw:
     """line: of the file, from 1; for lines that are missing, the one before which they were."""
 
     line: int
@@ -51,7 +51,7 @@ class Verdict:
     lines: tuple[Line, ...]
     head: tuple[int, str]
     proven: int
-    findings: tuple[Finding, ...]
+    findings: tuple[Flaw, ...]
 
 
 @dataclass
@@ -68,7 +68,7 @@ class _Reader:
     numbers: dict[int, tuple[int, str]] = field(default_factory=dict)
     places: list[int] = field(default_factory=list)
     """Of `lines`: where each is in the file."""
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Flaw] = field(default_factory=list)
 
     def take(self, number: int, raw: bytes) -> None:
         """The next line of the file."""
@@ -110,7 +110,7 @@ class _Reader:
         self.bad += 1
 
     def _find(self, number: int, what: str) -> None:
-        self.findings.append(Finding(number, what))
+        self.findings.append(Flaw(number, what))
 
 
 def verify(
@@ -127,14 +127,14 @@ def verify(
         reader.take(number, raw)
     if rest:
         what = "cut off, or still being written: it does not end with a line feed"
-        reader.findings.append(Finding(len(rows) + 1, what))
+        reader.findings.append(Flaw(len(rows) + 1, what))
     proven, found = _anchored(reader, len(rows) + bool(rest), anchors)
     missing = _missing(reader, len(rows) + bool(rest), witnesses)
     findings = tuple(sorted([*reader.findings, *found, *missing], key=lambda each: each.line))
     return Verdict(tuple(reader.lines), (reader.sequence, reader.hash), proven, findings)
 
 
-def _anchored(reader: _Reader, lines: int, anchors: Iterable[Anchor]) -> tuple[int, list[Finding]]:
+def _anchored(reader: _Reader, lines: int, anchors: Iterable[Anchor]) -> tuple[int, list[Flaw]]:
     """The number of the last line that is confirmed, and what contradicts the anchors."""
     proven, findings = 0, []
     for anchor in anchors:
@@ -143,16 +143,16 @@ def _anchored(reader: _Reader, lines: int, anchors: Iterable[Anchor]) -> tuple[i
             proven = max(proven, anchor.sequence)
         elif number:
             what = f"number {anchor.sequence} is another line than {anchor.source} confirms"
-            findings.append(Finding(number, what))
+            findings.append(Flaw(number, what))
         elif anchor.sequence > reader.sequence:
             missing = _numbers(reader.sequence + 1, anchor.sequence)
             findings.append(
-                Finding(lines + 1, f"cut off: {missing} missing, which {anchor.source} confirms")
+                Flaw(lines + 1, f"cut off: {missing} missing, which {anchor.source} confirms")
             )
     return proven, findings
 
 
-def _missing(reader: _Reader, lines: int, witnesses: Iterable[Witness]) -> list[Finding]:
+def _missing(reader: _Reader, lines: int, witnesses: Iterable[Witness]) -> list[Flaw]:
     """The rounds without a line. Those before the trail began are none of it."""
     headers = {line.facts.get("header") for line in reader.lines}
     found = []
@@ -164,9 +164,7 @@ def _missing(reader: _Reader, lines: int, witnesses: Iterable[Witness]) -> list[
             if line.time > witness.time
         )  # fmt: skip
         found.append(
-            Finding(
-                next(later, lines + 1), f"before it no line of a round is there: {witness.source}"
-            )
+            Flaw(next(later, lines + 1), f"before it no line of a round is there: {witness.source}")
         )
     return found
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from fedcore.audit.export import exported, in_words
 from fedcore.audit.lines import EVENTS, Line
+from fedcore.audit.siem import exported, in_words
 
 EVIL = 'a"b\\c]d=e|f\ng\r\nh\u2028i'
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from fedcore.audit.authority import trusted_key
+from fedcore.audit.coordinator_keys import trusted_key
 from fedcore.audit.keys import Signer, signature_holds
 from fedcore.audit.lines import Line, stamp
-from fedcore.audit.verify import Anchor
+from fedcore.audit.verification import Anchor
 from fedcore.errors import BadInput, CertificateRefused, Refused
 from fedcore.files import append_row
 from fedcore.secagg.crypto.symmetric import framed
