@@ -22,9 +22,9 @@ from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.control import CONTROL_FILE, LOCK_FILE, ControlFile
 from fedcore_clients.health import ADDRESS, health
 from fedcore_clients.hours import when
+from fedcore_clients.job_gate import JobGate
 from fedcore_clients.job_policy import ROSTER
 from fedcore_clients.job_runner import JobRunner
-from fedcore_clients.leaving import JobGate
 from fedcore_clients.ledger import LEDGER_FILE, Ledger
 from fedcore_clients.offers import APPROVALS, offer_digest
 from fedcore_clients.policy import SITE_FILE, SitePolicy

@@ -2,24 +2,21 @@
 
 The list is made of the registries that the code itself runs by: the tables of records (`wire/records.py`), the frames
 (`wire/frames.py`), the purposes of vectors with what each holds, and the label. `fed-site explain` prints it.
-Invariant: each record and each upload of the site's session passes `JobGate`, which refuses what is not on the list, or
+Invariant: each record and each upload of the site's session passes a `Gate`, which refuses what is not on the list, or
 is longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 from fedcore.errors import PolicyRefused
 from fedcore.secagg.label import Terms, readers_of, works_out
 from fedcore.secagg.plan import RoundPlan, VectorSpec
 from fedcore.secagg.protocol.job.coordinator.catch_up import most_state_bytes
-from fedcore.secagg.protocol.job.site.rounds import header_of
-from fedcore.secagg.protocol.job_messages import model_upload
 from fedcore.secagg.protocol.messages import SEALED
-from fedcore.secagg.protocol.wire_form import type_name
 from fedcore.secagg.purposes import purpose_of
 from fedcore.secagg.scheme import vector_sizes
 from fedcore.store import container
@@ -27,9 +24,6 @@ from fedcore.types import Json
 from fedcore.wire import frames
 from fedcore.wire.limits import Limit
 from fedcore.wire.records import TO_COORDINATOR
-
-if TYPE_CHECKING:
-    from fedcore_clients.job_runner import JobRunner
 
 CHECKPOINT, MODEL = "checkpoint", "model"
 _COORDINATOR = "the coordinator"
@@ -199,33 +193,3 @@ class Gate(Protocol):
         """Raise PolicyRefused for a file that may not leave; False for one whose round or release is over, which is not
         sent either. header: the 32 bytes it goes under."""
         ...
-
-
-class JobGate:
-    """By the list of each job of this site."""
-
-    def __init__(self, jobs: Mapping[str, JobRunner]) -> None:
-        self._jobs = jobs
-
-    def record(self, job: str, message: object, size: int) -> None:
-        """See `Gate`."""
-        self._of(job).check(type_name(type(message)), "record", size)
-
-    def upload(self, job: str, header: bytes, size: int) -> bool:
-        """See `Gate`. A vector goes under the header of the round under way, everything else under a release."""
-        if job not in self._jobs:
-            return False
-        leaving, found = self._of(job), self._jobs[job].job
-        under_way, certificate = header_of(found.stage), found.states.certificate
-        if under_way is not None and under_way.digest == header:
-            leaving.check(under_way.purpose, "vector", size)
-        elif header == model_upload(found.stage.standing.certificate):
-            leaving.check(MODEL, "file", size)
-        elif certificate is not None and certificate.header.digest == header:
-            leaving.check(CHECKPOINT, "file", size)
-        else:
-            return False
-        return True
-
-    def _of(self, job: str) -> OutgoingList:
-        return self._jobs[job].leaving if job in self._jobs else OutgoingList(None, 0, 0)

@@ -8,10 +8,11 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from fedcore_clients import leaving
+from fedcore_clients import job_gate, leaving
 from fedcore_clients.config import read_config
 from fedcore_clients.explain import explain, explained_lines
-from fedcore_clients.leaving import JobGate, OutgoingList
+from fedcore_clients.job_gate import JobGate
+from fedcore_clients.leaving import OutgoingList
 from fedcore_clients.policy import PolicySection
 from fedcore_clients.session import Offline, Session
 from pydantic import ValidationError
@@ -155,7 +156,7 @@ def uploaded(link, header, data):
 def test_a_vector_longer_than_the_plans_is_refused_before_it_leaves(planned, monkeypatch):
     found, link = planned
     header = certificate().header
-    monkeypatch.setattr(leaving, "header_of", lambda stage: header)
+    monkeypatch.setattr(job_gate, "header_of", lambda stage: header)
     most = found.leaving.most("update", "vector")
     with pytest.raises(
         PolicyRefused, match=rf"vector update: found {most + 1} bytes.*at most {most}"
@@ -169,7 +170,7 @@ def test_a_vector_longer_than_the_plans_is_refused_before_it_leaves(planned, mon
 def test_a_vector_that_the_policy_keeps_here_does_not_leave(planned, monkeypatch):
     found, link = planned
     header = certificate().header
-    monkeypatch.setattr(leaving, "header_of", lambda stage: header)
+    monkeypatch.setattr(job_gate, "header_of", lambda stage: header)
     found.context.policy.rules = policy_of(fields=["metrics", "range"]).rules
     with pytest.raises(PolicyRefused, match=r"vector update: .* nothing of this name"):
         uploaded(link, header.digest, b"x")
