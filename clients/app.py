@@ -314,7 +314,9 @@ class Site:
         status = loop.create_task(self._keep_status())
         keys = loop.create_task(self._erase_old_keys())
         operator = loop.create_task(self._follow_operator())
-        renewal = loop.create_task(Renewal(self.session.kit, self.session, self._in_round).run())
+        renewal = loop.create_task(
+            Renewal(self.session.kit, self.session, self._in_round, self._note).run()
+        )
         waiting = loop.create_task(stop.wait())
         try:
             await asyncio.wait({session, waiting}, return_when=asyncio.FIRST_COMPLETED)

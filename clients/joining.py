@@ -63,7 +63,7 @@ class JoinedSite:
         wide = max(map(len, self.wrote))
         config = folder / SITE_FILE
         return [
-            f"site {self.site!r} joined {self.federation!r}: on roster {self.roster.number} of "
+            f"site {self.site!r} is in {self.federation!r}: on roster {self.roster.number} of "
             f"{len(self.roster.sites)} sites, certificate until {self.until:%Y-%m-%d}",
             "",
             f"written in {folder.absolute()}",

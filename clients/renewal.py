@@ -35,10 +35,12 @@ RETRY = timedelta(hours=1)
 
 
 class Renewal:
-    """One site's. busy: whether a job is in a round now."""
+    """One site's. busy: whether a job is in a round now; note: records in the site's audit trail."""
 
-    def __init__(self, kit: Kit, session: Session, busy: Callable[[], bool]) -> None:
-        self._kits, self._session, self._busy = KitFile(kit), session, busy
+    def __init__(
+        self, kit: Kit, session: Session, busy: Callable[[], bool], note: Callable[..., None]
+    ) -> None:
+        self._kits, self._session, self._busy, self._note = KitFile(kit), session, busy, note
         self._not_before = datetime.min.replace(tzinfo=UTC)
 
     async def run(self) -> None:
@@ -56,6 +58,10 @@ class Renewal:
         if self._kits.refresh() or session.kit is not self._kits.current:
             left, life = _time(session.kit, now)
             if not self._busy() or left < life / 10:
+                peer = self._kits.current.peer
+                self._note(
+                    "key", what="certificate", serial=peer.serial, until=f"{peer.ends:%Y-%m-%d}"
+                )
                 await session.use(self._kits.current)
             return
         left, life = _time(self._kits.current, now)

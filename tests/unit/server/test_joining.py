@@ -597,7 +597,7 @@ def test_the_command_by_files(files, tmp_path, fed_site, monkeypatch):
     (tmp_path / "answer.json").write_text(json.dumps(answer.to_json()))
     assert fed_site("join", "--out", "elsewhere", "--answer", "answer.json")[0] == 2
     code, shown, _ = fed_site("join", "--out", "va", "--answer", "answer.json")
-    assert (code, "site 'va' joined 'heart'" in shown) == (0, True)
+    assert (code, "site 'va' is in 'heart'" in shown) == (0, True)
     answer = files.renew("va", None, authority_of(files), now())
     (tmp_path / "answer.json").write_text(json.dumps(answer.to_json()))
     code, shown, _ = fed_site("join", "--out", "va", "--answer", "answer.json")

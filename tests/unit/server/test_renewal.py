@@ -75,14 +75,18 @@ async def coordinator(files, clock, folder, *, open_here=True):
 
 
 @contextlib.asynccontextmanager
-async def site(folder, roster, busy=lambda: False):
-    """A site's session and its renewal."""
+async def site(folder, roster, busy=lambda: False, noted=None):
+    """A site's session and its renewal. noted: what it records."""
+    noted = [] if noted is None else noted
     config, kit = read_config(folder / "site.toml"), Kit.load(folder / "kit")
     hello = frames.Hello(roster.digest)
     session = Session(kit, config, lambda: hello, lambda _: None, lambda: None, None)
     running = asyncio.get_running_loop().create_task(session.run())
     try:
-        yield session, Renewal(kit, session, busy)
+        yield (
+            session,
+            Renewal(kit, session, busy, lambda *event, **facts: noted.append((*event, facts))),
+        )
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -109,11 +113,12 @@ def shorten(files, folder, days):
 
 def test_a_site_renews_its_certificate_in_its_session(files, va, tmp_path):
     shorten(files, va, 2 / 1440)
+    noted = []
 
     async def play():
         async with (
             coordinator(files, now, tmp_path) as hub,
-            site(va, files.roster()) as (session, renewal),
+            site(va, files.roster(), noted=noted) as (session, renewal),
         ):
             await until(lambda: session.since is not None)
             first = serial(va)
@@ -130,6 +135,8 @@ def test_a_site_renews_its_certificate_in_its_session(files, va, tmp_path):
     kit.check("site", now())
     assert kit.peer.ends > now() + LATER
     assert len(files.enrolment("va").serials) == 3
+    ((event, facts),) = noted
+    assert (event, facts["what"], facts["serial"]) == ("key", "certificate", serial(va))
 
 
 def test_a_certificate_that_lasts_is_not_renewed(files, va, tmp_path):
