@@ -51,6 +51,7 @@ from fedcore.audit.trail import AuditTrail
 from fedcore.cli.console import ago
 from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem, UnknownName
 from fedcore.files import write_json
+from fedcore.files.disk import close_to_others
 from fedcore.identity.identities import read_identity
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import check_name, require_role
@@ -61,7 +62,6 @@ from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol import messages, schedule
 from fedcore.secagg.protocol.job.site.rounds import header_of
 from fedcore.secagg.protocol.wire_form import encode, type_name
-from fedcore.store.disk import close_to_others
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.types import Json, SiteId

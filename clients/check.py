@@ -32,10 +32,10 @@ from fedcore_clients.status import runs
 
 from fedcore.cli.console import ago
 from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
+from fedcore.files.disk import open_to_others
 from fedcore.identity.identities import read_identity
 from fedcore.identity.preflight import authority_of, preflight, proxied
 from fedcore.identity.signed_roster import changes_of
-from fedcore.store.disk import open_to_others
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
 from fedcore.wire import calls, frames

@@ -13,8 +13,8 @@ from typing import Literal
 
 from fedcore.errors import BadInput, Refused
 from fedcore.files import read_json, stamp_of, write_json
+from fedcore.files.disk import close_to_others, make_folder, refusals, sync_folder
 from fedcore.files.lock import FileLock
-from fedcore.store.disk import close_to_others, make_folder, refusals, sync_folder
 
 CONTROL_FILE, LOCK_FILE = "control.json", "control.lock"
 

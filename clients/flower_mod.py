@@ -21,6 +21,7 @@ from pydantic import Field
 
 from fedcore.errors import BadInput, FedcoreError, StoreProblem, with_hint
 from fedcore.files import write_atomic
+from fedcore.files.disk import refusals, sync_folder
 from fedcore.files.toml import Section, read_toml
 from fedcore.identity.kit import read_private
 from fedcore.secagg import protections
@@ -30,7 +31,6 @@ from fedcore.secagg.by_request.simulated import FEDERATION, simulated_identities
 from fedcore.secagg.by_request.site import Membership, ReplyCount, SiteByRequest
 from fedcore.secagg.by_request.terms import Trained
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
-from fedcore.store.disk import refusals, sync_folder
 from fedcore.types import SiteId
 
 LOG = logging.getLogger("fedcore.site")

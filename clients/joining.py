@@ -26,6 +26,7 @@ from fedcore.audit.trail import AuditTrail
 from fedcore.config import beside
 from fedcore.errors import AlreadyExists, BadInput, CertificateRefused
 from fedcore.files import read_json, write_atomic, write_json
+from fedcore.files.disk import make_folder
 from fedcore.identity import kit
 from fedcore.identity.identities import IDENTITY_FILE, ROSTER_FILE, create_identity, read_identity
 from fedcore.identity.join_messages import (
@@ -41,7 +42,6 @@ from fedcore.identity.preflight import authority_of, connect
 from fedcore.identity.signed_roster import SignedRoster, read_pins
 from fedcore.identity.verify import check_certificate, fingerprint
 from fedcore.secagg.crypto.identity_key import IdentityKey
-from fedcore.store.disk import make_folder
 from fedcore.types import Json
 
 ATTEMPT_FILE, SITE_FILE, KIT_FOLDER, STATE_FOLDER = "joining.json", "site.toml", "kit", "state"

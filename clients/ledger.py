@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedcore.errors import StoreProblem
+from fedcore.files.disk import make_folder, refusals, sync_folder
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.purposes import of_columns
-from fedcore.store.disk import make_folder, refusals, sync_folder
 from fedcore.types import Json, SiteId
 
 LEDGER_FILE = "ledger.jsonl"

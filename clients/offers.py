@@ -15,6 +15,7 @@ from typing import Self
 from fedcore.config import Job, build_job, plan_of, read_settings
 from fedcore.errors import FedcoreError
 from fedcore.files import read_json, write_json
+from fedcore.files.disk import close_to_others, make_folder, sync_folder
 from fedcore.learning.state import JobState
 from fedcore.secagg.label import Terms, label_of, leaving_of
 from fedcore.secagg.plan import RoundPlan
@@ -22,7 +23,6 @@ from fedcore.secagg.protocol.job.site.events import Surveyed
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.secagg.scheme import Scheme
-from fedcore.store.disk import close_to_others, make_folder, sync_folder
 from fedcore.types import SiteId
 
 APPROVALS = "approvals"

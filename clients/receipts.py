@@ -11,9 +11,9 @@ from pathlib import Path
 from fedcore.audit.receipt import Receipt
 from fedcore.audit.trail import Recorder
 from fedcore.errors import Refused, StoreProblem
+from fedcore.files.disk import refusals
 from fedcore.identity.kit import Kit
 from fedcore.identity.verify import fingerprint
-from fedcore.store.disk import refusals
 from fedcore.wire.frames import TrailHead, TrailReceipt
 
 LOG = logging.getLogger("fedcore.site")

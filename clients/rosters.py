@@ -19,12 +19,12 @@ from fedcore_clients.policy import SitePolicy
 from fedcore.audit.trail import Recorder
 from fedcore.errors import BadInput, Refused, RosterRefused, SignatureRefused, with_hint
 from fedcore.files import stamp_of, write_atomic
+from fedcore.files.disk import make_folder, sync_folder
 from fedcore.identity.kit import Kit
 from fedcore.identity.roster import PinnedRoster, RosterFile, read_file
 from fedcore.identity.signed_roster import SignedRoster, changes_of
 from fedcore.secagg.plan import default_threshold
 from fedcore.secagg.protocol.job_messages import JobOffer
-from fedcore.store.disk import make_folder, sync_folder
 from fedcore.types import Json
 from fedcore.wire.frames import JobRoster, RosterSeen
 

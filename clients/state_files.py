@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 
 from fedcore.files import write_atomic
-from fedcore.store.disk import sync_folder
+from fedcore.files.disk import sync_folder
 from fedcore.wire.limits import INLINE
 
 _APP = "app-"

@@ -23,22 +23,22 @@ from fedcore_server.probes import ADDRESS, Probes, serve_metrics
 from fedcore_server.receipts import Receipts
 from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 
-import fedcore
 from fedcore.audit.keys import CoordinatorSigner
 from fedcore.audit.lines import Fact
 from fedcore.audit.trail import OWN_FILES as AUDIT_FILES
 from fedcore.audit.trail import AuditTrail
 from fedcore.errors import BadInput, LeaseLost, StoreProblem
+from fedcore.files.disk import close_to_others, make_folder, refusals
 from fedcore.files.lock import FileLock
 from fedcore.identity.kit import Kit
 from fedcore.identity.revocation import Revocations
 from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.identity.verify import fingerprint
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
-from fedcore.store.disk import close_to_others, make_folder, refusals
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import calls
+from fedcore.wire.frames import SOFTWARE
 
 LOG = logging.getLogger("fedcore.coordinator")
 
@@ -128,7 +128,7 @@ def audit_facts(config: FederationConfig, kit: Kit, roster: PinnedRoster) -> dic
     """What the first line of every start states: who, under which certificate, with which files."""
     return {
         "party": f"coordinator of {config.name}", "certificate": kit.certificate_pem.decode(),
-        "software": fedcore.__version__, "roster": roster.digest, "sites": tuple(roster.sites),
+        "software": SOFTWARE, "roster": roster.digest, "sites": tuple(roster.sites),
     }  # fmt: skip
 
 

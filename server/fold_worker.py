@@ -11,12 +11,12 @@ from typing import Protocol, Self
 
 from fedcore import errors
 from fedcore.errors import ChunkRefused, FedcoreError
+from fedcore.files.disk import refusals
 from fedcore.runtime.pipes import Parent
 from fedcore.secagg.crypto import UnmaskableFold, words
 from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.packing import Packing, Ring
 from fedcore.store import container
-from fedcore.store.disk import refusals
 from fedcore.types import Json
 
 _SEED_BYTES = 32

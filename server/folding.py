@@ -28,6 +28,7 @@ from fedcore_server.fold_worker import ERRORS, chunk_slots, packing_form
 from fedcore_server.job_disk import JobDisk
 
 from fedcore.errors import BadInput, ChunkRefused, DataLost, FedcoreError, StoreFull, StoreProblem
+from fedcore.files.disk import make_folder, refusals
 from fedcore.runtime.pipes import Child, ChildEnded, python
 from fedcore.secagg.packing import Packing
 from fedcore.secagg.plan import RoundHeader
@@ -35,7 +36,6 @@ from fedcore.secagg.protocol.effects import Mask, RemoveMasks
 from fedcore.secagg.protocol.job.coordinator.events import Folded, SumMade
 from fedcore.secagg.protocol.job.coordinator.facts import KeptFile
 from fedcore.store import container
-from fedcore.store.disk import make_folder, refusals
 from fedcore.types import Json, SiteId
 
 T = TypeVar("T")

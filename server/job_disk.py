@@ -15,6 +15,7 @@ from fedcore_server.config import METRICS_FILE
 
 from fedcore.errors import DataLost, StoreProblem
 from fedcore.files import ROUNDS_FILE, append_row, write_atomic
+from fedcore.files.disk import refusals, sync_folder
 from fedcore.results import MetricsRow
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import epoch
@@ -26,7 +27,6 @@ from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.secagg.scheme import vector_sizes
 from fedcore.store import container
-from fedcore.store.disk import refusals, sync_folder
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool, Stored
 from fedcore.types import SiteId

@@ -24,12 +24,12 @@ from fedcore.config import build_job, wire_settings
 from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import AlreadyExists, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
+from fedcore.files.units import in_bytes
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import require_role
 from fedcore.identity.preflight import authority_of, channel_target, preflight
 from fedcore.learning.app_jobs import refuse_of_app
 from fedcore.learning.task import load_task
-from fedcore.report.phrases import size
 from fedcore.results import JobEvent, JobRow, JobSite, JobSummary, MetricsRow, ReferenceGap
 from fedcore.secagg.purposes import trains
 from fedcore.types import Json
@@ -214,7 +214,7 @@ def round_text(row: JobRow, rounds: int) -> str:
     if (why := row.abandoned) is not None:
         return f"{what}  abandoned at {why.stage}: {why.left} sites left, {why.needed} needed"
     sizes = (("up", row.bytes_up), ("down", row.bytes_down))
-    moved = [f"{arrow} {size(count)}" for arrow, count in sizes if count is not None]
+    moved = [f"{arrow} {in_bytes(count)}" for arrow, count in sizes if count is not None]
     there = f"{len(row.survivors)} of {len(row.roster)} sites"
     return "  ".join([what, there, f"{row.seconds:.2f} s", *moved])
 
@@ -327,7 +327,7 @@ def event_table(
     up = sum((row.bytes_up or 0) * len(row.survivors) for row in rows)
     down = sum((row.bytes_down or 0) * len(row.roster) for row in rows)
     if rows:
-        lines.append(Text(f"in all: up {size(up)}, down {size(down)}"))
+        lines.append(Text(f"in all: up {in_bytes(up)}, down {in_bytes(down)}"))
     return Group(*lines)
 
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 
-from fedcore import __version__
 from fedcore.audit.lines import EVENTS, Fact, Line, line_hash, text_of
 
 FORMATS = ("jsonl", "cef", "syslog")
@@ -34,13 +33,16 @@ _LONG = {"key", "certificate", "header"}
 """Facts that no table shows."""
 
 
-def exported(lines: Iterable[Line], form: str, party: str, host: str) -> Iterator[str]:
-    """The lines in one of `FORMATS`. party: whose trail it is; host: the machine's name."""
+def exported(
+    lines: Iterable[Line], form: str, party: str, host: str, version: str
+) -> Iterator[str]:
+    """The lines in one of `FORMATS`. party: whose trail it is; host: the machine's name;
+    version: of the Fedcore that exports, for CEF's header."""
     for line in lines:
         if form == "jsonl":
             yield line.to_bytes().decode()
         elif form == "cef":
-            yield _cef(line, party, host)
+            yield _cef(line, party, host, version)
         else:
             yield _syslog(line, party, host)
 
@@ -69,11 +71,11 @@ def _about(line: Line) -> dict[str, str]:
     return {name: text_of(value) for name, value in line.facts.items()}
 
 
-def _cef(line: Line, party: str, host: str) -> str:
+def _cef(line: Line, party: str, host: str, version: str) -> str:
     """`CEF:0|vendor|product|version|id|name|severity|extension`: in the header `\\` and `|` are escaped, in the
     extension `\\`, `=` and line breaks."""
     name, level = EVENTS.get(line.event, line.event), _SEVERE.get(line.event, _NOTICE)
-    header = ("Fedcore", "fedcore", __version__, line.event, name, str(_CEF_SEVERITY[level]))
+    header = ("Fedcore", "fedcore", version, line.event, name, str(_CEF_SEVERITY[level]))
     head = "|".join(re.sub(r"([\\|])", r"\\\1", " ".join(part.split())) for part in header)
     when = round(datetime.fromisoformat(line.time).timestamp() * 1000)
     pairs = {

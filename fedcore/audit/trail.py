@@ -29,8 +29,8 @@ from fedcore.audit.lines import (
     stamp,
 )
 from fedcore.errors import BadInput, StoreProblem
+from fedcore.files.disk import make_folder, refusals, sync_folder
 from fedcore.files.lock import FileLock
-from fedcore.store.disk import make_folder, refusals, sync_folder
 
 TRAIL_FILE = "audit.jsonl"
 OWN_FILES = "audit.*"

@@ -99,13 +99,15 @@ def audit_commands(place: Callable[[Path], TrailPlace], default: Path) -> typer.
         since: Annotated[str, typer.Option("--since", help="From a time in UTC.")] = "",
     ) -> None:
         """Print the trail for a log collector. One line an event, on stdout."""
+        from fedcore import __version__
         from fedcore.audit.siem import FORMATS, exported
         from fedcore.errors import UnknownName
 
         if form not in FORMATS:
             raise UnknownName("--format", form, FORMATS)
         found = place(config)
-        for text in exported(_wanted(found, job, since), form, found.party, socket.gethostname()):
+        lines, host = _wanted(found, job, since), socket.gethostname()
+        for text in exported(lines, form, found.party, host, __version__):
             echo(text)
 
     return app

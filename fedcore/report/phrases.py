@@ -9,6 +9,7 @@ import math
 import unicodedata
 from collections.abc import Iterable
 
+from fedcore.files.units import in_bytes
 from fedcore.results import Interval, Result
 
 # The names are those of types.ARMS and experiment.gap.PARTS (a test compares them): importing those
@@ -133,18 +134,8 @@ def constant_name(result: Result) -> str:
 
 
 def size(count: float | None) -> str:
-    """Bytes in decimal units: `84 B`, `13.9 kB`, `3.53 MB`."""
-    if count is None:
-        return DASH
-    if count < 1000:
-        return f"{count:.0f} B"
-    value = float(count)
-    for unit in ("kB", "MB", "GB", "TB"):
-        value /= 1000
-        if value < 999.5 or unit == "TB":
-            break
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{digits}f} {unit}"
+    """Bytes in decimal units; `DASH` for none."""
+    return DASH if count is None else in_bytes(count)
 
 
 def duration(seconds: float | None) -> str:

@@ -20,8 +20,8 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateSchema
 
 from fedcore.errors import BadInput, LeaseLost, StoreFull, StoreProblem, require_extra
+from fedcore.files.disk import FREE_SOME
 from fedcore.store.database import SCHEMA, Tables, check_meta, tables
-from fedcore.store.disk import FREE_SOME
 from fedcore.store.lease import IDLE_SECONDS, LEASE_SECONDS, LEASES, Lease, holder_of, take
 
 EXPECTED = "postgresql://USER@HOST:PORT/DATABASE"

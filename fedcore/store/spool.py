@@ -30,8 +30,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from fedcore.errors import BadInput, OffsetRefused, StoreFull, VectorRefused
+from fedcore.files.disk import make_folder, refusals, sync, sync_folder
 from fedcore.store import container
-from fedcore.store.disk import make_folder, refusals, sync, sync_folder
 from fedcore.types import SiteId
 
 _KEPT = "kept"

@@ -22,9 +22,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from fedcore.errors import LeaseLost, StoreFull, StoreProblem
+from fedcore.files.disk import FREE_SOME, make_folder, refusals, sync_folder
 from fedcore.files.lock import FileLock
 from fedcore.store.database import SCHEMA, check_meta, tables
-from fedcore.store.disk import FREE_SOME, make_folder, refusals, sync_folder
 
 
 class SqliteFile:

@@ -16,7 +16,7 @@ def line(event="refused", **facts):
 
 
 def one(form, found):
-    (text,) = exported([found], form, "site va", "host1")
+    (text,) = exported([found], form, "site va", "host1", "0.1.0")
     assert len(text.splitlines()) == 1
     return text
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import StoreProblem
-from fedcore.store.disk import close_to_others, open_to_others
+from fedcore.files.disk import close_to_others, open_to_others
 
 
 @pytest.fixture(autouse=True)

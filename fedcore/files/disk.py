@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedcore.errors import StoreFull, StoreProblem
 
-LOG = logging.getLogger("fedcore.store")
+LOG = logging.getLogger("fedcore.files")
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
