@@ -224,24 +224,17 @@ class FederationFiles:
             self._write(renewed)
             return self._answer(renewed)
 
-    def revoke(
-        self, site: str, authority: Authority | None, now: datetime
-    ) -> tuple[int, SignedRoster | None]:
-        """Revoke all certificates of a site and its invitation, and take it off the roster.
-
-        Returns how many certificates, and the roster without it; None where the authority is not open here, which the
-        list of revoked certificates does not need. Raises UnknownName.
-        """
+    def revoke(self, site: str) -> int:
+        """Revoke all certificates of a site and its invitation; returns how many certificates. The authority is not
+        needed: until `sign_roster` the roster lists the site still. Raises UnknownName."""
         with self._locked():
             found = self.enrolment(site)
             self._revoke(found)
             self._write(replace(found, state="revoked"))
-            rest = {name: key for name, key in self.roster().sites.items() if name != site}
-            signed = self._sign(rest, authority, now) if authority is not None else None
-            return len(found.serials), signed
+            return len(found.serials)
 
     def sign_roster(self, authority: Authority, now: datetime) -> SignedRoster:
-        """The roster without sites that were revoked while the authority was not open."""
+        """The roster without the sites that were revoked."""
         with self._locked():
             known = self.enrolments()
             gone = {name for name, found in known.items() if found.state == "revoked"}

@@ -214,22 +214,23 @@ def revoke(
     from fedcore_server.authority_key import authority_folder
 
     files = _files(config)
-    opened = None
+    # First without the authority: a wrong passphrase must not delay it.
+    count = files.revoke(site)
+    some = f"{count} certificate{'' if count == 1 else 's'}"
+    if not as_json:
+        echo(f"site {site!r} is revoked ({some}): a running coordinator cuts it off within seconds")
+    number = None
     if authority_folder(files.config, authority) is not None:
         opened = _authority(files, authority, passphrase_file)
-    count, signed = files.revoke(site, opened, datetime.now(UTC))
-    number = signed.number if signed else None
+        number = files.sign_roster(opened, datetime.now(UTC)).number
     if as_json:
         emit({"site": site, "certificates": count, "roster": number})
-        return
-    some = f"{count} certificate{'' if count == 1 else 's'}"
-    echo(f"site {site!r} is revoked ({some}): a running coordinator cuts it off within seconds")
-    if signed:
-        echo(f"roster {number} is without it")
-    else:
+    elif number is None:
         echo(
             "the roster still lists it: where the authority is, run `fed-coordinator roster --sign --authority FOLDER`"
         )
+    else:
+        echo(f"roster {number} is without it")
 
 
 def renew(

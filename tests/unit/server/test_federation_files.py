@@ -191,7 +191,8 @@ def test_operators_at_once_do_not_corrupt_the_roster(files, tmp_path):
         one.approve(name, authority, now())
         one.invite(f"{name}-b", 7, now())
         if name == "site-0":
-            one.revoke(name, authority, now())
+            one.revoke(name)
+            one.sign_roster(authority, now())
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, zip(others, names, strict=True)))
@@ -261,12 +262,13 @@ def test_a_revoked_site_is_on_the_list_and_off_the_roster(files, tmp_path):
     joined(files, "oslo", tmp_path)
     revocations = Revocations(files.config.revoked)
     revocations.check(peer_of(answer.certificate))
-    count, roster = files.revoke("va", authority_of(files), now())
+    count, roster = files.revoke("va"), files.sign_roster(authority_of(files), now())
     assert (count, roster.number, [*roster.sites]) == (1, 4, ["oslo"])
     assert revocations.refresh()
     with pytest.raises(CertificateRefused, match="found it withdrawn"):
         revocations.check(peer_of(answer.certificate))
-    files.revoke("va", authority_of(files), now())  # again: nothing changes
+    files.revoke("va")  # again: nothing changes
+    files.sign_roster(authority_of(files), now())
     assert (files.roster().number, revocations.refresh()) == (4, True)
     assert files.config.revoked.read_text().count("# va") == 1
 
@@ -275,7 +277,7 @@ def test_every_certificate_of_a_site_is_revoked(files, tmp_path):
     first = joined(files, "va", tmp_path)
     second = files.renew("va", None, authority_of(files), now())
     assert first.certificate != second.certificate
-    assert files.revoke("va", authority_of(files), now())[0] == 2
+    assert files.revoke("va") == 2
     revocations = Revocations(files.config.revoked)
     for answer in (first, second):
         with pytest.raises(CertificateRefused):
@@ -284,25 +286,43 @@ def test_every_certificate_of_a_site_is_revoked(files, tmp_path):
 
 def test_without_the_authority_a_site_is_cut_off_and_the_roster_follows(files, tmp_path):
     joined(files, "va", tmp_path)
-    assert files.revoke("va", None, now()) == (1, None)
+    assert files.revoke("va") == 1
     assert [*files.roster().sites] == ["va"]
     signed = files.sign_roster(authority_of(files), now())
     assert (signed.number, [*signed.sites]) == (3, [])
     assert files.sign_roster(authority_of(files), now()).number == 3
 
 
+def test_a_site_is_cut_off_before_the_passphrase_is_asked_for(command, tmp_path, monkeypatch):
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
+    command("init", "heart", "--host", "hub.example.org", "--out", "f")
+    monkeypatch.chdir(tmp_path / "f")
+    files = FederationFiles(read_config(tmp_path / "f" / "federation.toml"))
+    answer = joined(files, "va", tmp_path)
+    monkeypatch.delenv(PASSPHRASE_VARIABLE)
+    code, shown, said = command("revoke", "va")
+    assert (code, "'va' is revoked (1 certificate)" in shown) == (2, True)
+    assert said.startswith("error: passphrase of the authority: found none")
+    with pytest.raises(CertificateRefused, match="found it withdrawn"):
+        Revocations(files.config.revoked).check(peer_of(answer.certificate))
+    assert [*files.roster().sites] == ["va"]
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
+    assert command("revoke", "va")[1].endswith("roster 3 is without it\n")
+    assert [*files.roster().sites] == []
+
+
 def test_an_invitation_is_revoked(files):
     files.invite("va", 7, now())
-    assert files.revoke("va", None, now())[0] == 0
+    assert files.revoke("va") == 0
     assert files.enrolment("va").state == "revoked"
     with pytest.raises(BadInput, match="site: found 'vb', which is not known"):
-        files.revoke("vb", None, now())
+        files.revoke("vb")
 
 
 def test_a_list_without_a_line_end_is_not_damaged(files, tmp_path):
     joined(files, "va", tmp_path)
     files.config.revoked.write_text("# mine\nabc")
-    files.revoke("va", authority_of(files), now())
+    files.revoke("va")
     assert files.config.revoked.read_text().startswith("# mine\nabc\n")
     Revocations(files.config.revoked)
 
@@ -315,7 +335,8 @@ def test_the_table_of_sites(files, tmp_path):
     asked(files, "oslo", tmp_path)
     files.invite("basel", 7, now())
     joined(files, "bonn", tmp_path)
-    files.revoke("bonn", authority_of(files), now())
+    files.revoke("bonn")
+    files.sign_roster(authority_of(files), now())
     rows = {row["site"]: row for row in sites_rows(files, {"va"})}
     assert {name: row["state"] for name, row in rows.items()} == {
         "va": "joined", "oslo": "asked", "basel": "invited", "bonn": "revoked"

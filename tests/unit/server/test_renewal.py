@@ -269,7 +269,8 @@ def test_renewals_that_are_refused(files, va):
     files.invite("bonn", 7, now())
     with pytest.raises(Refused, match="found it invited"):
         files.renew("bonn", None, authority, now())
-    files.revoke("va", authority, now())
+    files.revoke("va")
+    files.sign_roster(authority, now())
     with pytest.raises(Refused, match="found it revoked"):
         files.renew("va", None, authority, now())
 
