@@ -188,9 +188,12 @@ class FederationFiles:
             return approved
 
     def answer(self, found: Enrolment) -> JoinAnswer:
-        """What an approved site receives; it counts as joined from now on."""
+        """What an approved site receives; it counts as joined from now on. Raises JoinRefused for one that was revoked
+        meanwhile."""
         with self._locked():
             found = self.enrolment(found.site)
+            if found.state not in ("approved", "joined"):
+                raise JoinRefused("token")
             self._write(replace(found, state="joined"))
             return self._answer(found)
 

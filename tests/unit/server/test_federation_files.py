@@ -23,6 +23,7 @@ from fedcore_server.federation_views import roster_lines, sites_rows
 
 from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, Refused
 from fedcore.identity.identities import write_roster
+from fedcore.identity.join_messages import JoinRefused
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import peer_of
 from fedcore.identity.revocation import Revocations
@@ -309,6 +310,15 @@ def test_a_site_is_cut_off_before_the_passphrase_is_asked_for(command, tmp_path,
     monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
     assert command("revoke", "va")[1].endswith("roster 3 is without it\n")
     assert [*files.roster().sites] == []
+
+
+def test_a_site_that_is_revoked_before_its_answer_gets_none(files, tmp_path):
+    asked(files, "va", tmp_path)
+    approved = files.approve("va", authority_of(files), now())
+    files.revoke("va")
+    with pytest.raises(JoinRefused, match=r"\(token\)"):
+        files.answer(approved)
+    assert files.enrolment("va").state == "revoked"
 
 
 def test_an_invitation_is_revoked(files):
