@@ -54,7 +54,7 @@ class Hospital:
             files.policy, Ledger.open(self.folder, key), files.trail,
         )  # fmt: skip
         config = SimpleNamespace(
-            **vars(files.config), policy_file=None, host="127.0.0.1", port=1, tasks={},
+            **vars(files.config), policy_file=None, addresses=[("127.0.0.1", 1)], tasks={},
             keep_secrets_days=7.0,
         )  # fmt: skip
         self.site = Site(config, files.kit, context, self.rows)

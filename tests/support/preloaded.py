@@ -39,7 +39,7 @@ SUPPORTED = hasattr(os, "pidfd_open")
 LIBRARIES = (
     "asyncio", "cryptography.x509", "google.protobuf", "numpy", "numpy.ctypeslib", "pydantic", "rich.console",
     "safetensors.torch", "sqlalchemy", "sqlalchemy.dialects.sqlite", "sqlite3", "tomli_w", "torch", "torch.utils.data",
-    "torch.utils.serialization", "typer", "zstandard",
+    "torch.utils.serialization", "typer",
 )  # fmt: skip
 FEDCORE = (
     "fedcore_clients.app", "fedcore_clients.worker", "fedcore_server.app", "fedcore_server.fold_worker",
