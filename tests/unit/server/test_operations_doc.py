@@ -1,16 +1,11 @@
-"""docs/operations.md says nothing that the programs do not: commands, states, keys, codes and files."""
+"""docs/operations.md says nothing that the programs do not: states, keys, codes and files."""
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
-import pytest
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.policy import PolicySection
 from fedcore_server.config import FederationConfig, LimitsSection
@@ -24,47 +19,6 @@ from fedcore.secagg.protocol.wire_form import type_name
 from fedcore.wire.frames import GOODBYES
 
 PAGE = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
-MODULES = {
-    "fed-coordinator": "fedcore_server.cli", "fed-site": "fedcore_clients.cli", "fedcore": "fedcore.cli.main"
-}  # fmt: skip
-
-
-def said():
-    """Every command of the page: (program, verb, options), from its blocks and from its lines."""
-    found = set()
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    texts = [text for kind, text in blocks if not kind] + re.findall(r"`([^`\n]+)`", PAGE)
-    for line in "\n".join(texts).splitlines():
-        words = shlex.split(line.replace("[", "").replace("]", ""))
-        if len(words) > 1 and words[0] in MODULES and re.fullmatch("[a-z]+", words[1]):
-            verb = " ".join(words[1:3] if words[1] == "bench" else words[1:2])
-            found.add((words[0], verb, *(word for word in words if word.startswith("--"))))
-    return sorted(found)
-
-
-def test_the_page_names_the_commands():
-    verbs = {" ".join(each[:2]) for each in said()}
-    assert {
-        f"fed-coordinator {v}"
-        for v in ["serve", "submit", "jobs", "watch", "stop", "evict", "result"]
-    } <= verbs
-    assert {f"fed-site {v}" for v in ["run", "check", "status", "model"]} <= verbs
-    assert "fedcore up" in verbs
-
-
-@pytest.mark.parametrize("command", sorted({each[:2] for each in said()}), ids=" ".join)
-def test_every_command_and_option_of_the_page_exists(command):
-    program, verb = command
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", MODULES[program], *verb.split(), "--help"],
-        capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for each in said():
-        if each[:2] == command:
-            for option in each[2:]:
-                assert re.search(rf"(?<!\S){option}\b", done.stdout), (each, done.stdout)
 
 
 def rows(heading):
