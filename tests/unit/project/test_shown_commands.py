@@ -18,6 +18,7 @@ from fedcore.errors import FedcoreError
 
 ROOT = Path(__file__).parents[3]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+OFFICERS = "docs/for-security-officers.md"
 PROGRAMS = {
     name: command_of(app)
     for name, app in (("fedcore", fedcore), ("fed-coordinator", coordinator), ("fed-site", site))
@@ -115,3 +116,14 @@ def test_blocks_and_sentences_are_read():
     text = f"{block}`fed-site audit verify|show` and `a b`\n\n    fedcore doctor\n"
     assert in_blocks(text) == [["fedcore", "doctor"], ["fed-site", "jobs"]]
     assert in_sentences(text) == [["fed-site", "audit", verb] for verb in ("verify", "show")]
+
+
+def test_each_answer_to_a_security_officer_has_a_command_and_evidence():
+    text = (ROOT / OFFICERS).read_text()
+    table, *answers = re.split(r"^## \d+\. ", text, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \|.*$", table, re.MULTILINE)
+    assert [int(row) for row in rows] == list(range(1, 16))
+    assert len(answers) == 15
+    for answer in answers:
+        assert in_blocks(answer), answer
+        assert re.search(r"`tests/[\w/]+\.py", answer), answer
