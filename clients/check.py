@@ -25,7 +25,7 @@ from fedcore_clients import app
 from fedcore_clients.app import Papers
 from fedcore_clients.config import SiteConfig, TaskSection, read_config
 from fedcore_clients.policy import SitePolicy
-from fedcore_clients.rosters import newest_roster
+from fedcore_clients.rosters import newest_roster, sites_text
 from fedcore_clients.sandbox import NONE_HINT, choose
 from fedcore_clients.session import call_unary, open_channel
 from fedcore_clients.status import runs
@@ -122,7 +122,7 @@ def _papers(config: SiteConfig) -> tuple[str, Papers]:
     found = app.read_papers(config)
     left = ago((found.kit.peer.ends - datetime.now(UTC)).total_seconds())
     return (
-        f"{found.kit.peer}, valid for {left} more; on a roster of {len(found.roster.sites)} sites",
+        f"{found.kit.peer}, valid for {left} more; on a roster of {sites_text(found.roster.sites)}",
         found,
     )
 
@@ -130,9 +130,7 @@ def _papers(config: SiteConfig) -> tuple[str, Papers]:
 def _roster(config: SiteConfig, papers: Papers) -> str:
     """The signed roster in force, and a warning where a newer one waits for the operator."""
     current, newest = papers.roster, newest_roster(config, papers.kit, papers.roster)
-    text = (
-        f"number {current.number}, signed by the federation's authority: {len(current.sites)} sites"
-    )
+    text = f"number {current.number}, signed by the federation's authority: {sites_text(current.sites)}"
     if newest.number == current.number:
         return text
     changes = "; ".join(changes_of(newest.sites, current.sites))
@@ -148,6 +146,8 @@ def _policy(policy: SitePolicy) -> str:
     )
     if key := policy.forbids_all:
         text += f"; warning: no job can satisfy this policy, because of {key}"
+        if key == "minimum_sites":
+            text += f": too few sites so far on the roster here, {policy.sites}"
     return text + (f"; warning: wider than the default: {', '.join(wider)}" if wider else "")
 
 
@@ -303,9 +303,29 @@ def _admitted(config: SiteConfig, papers: Papers) -> tuple[str, tuple[frames.Wel
     if found.federation != papers.kit.peer.federation:
         raise Refused(f"coordinator: found federation {found.federation!r}")
     text = f"site {config.site!r} of {found.federation!r}"
-    if not papers.roster.number:  # a numbered one is sent in the session
+    if papers.roster.number:  # one is sent in the session
+        newest = newest_roster(config, papers.kit, papers.roster).number
+        numbers = papers.roster.number, newest, found.roster
+        text += f": {rosters_text(*numbers, approves=config.policy.roster == 'ask')}"
+    else:
         text += ": same roster at both ends"
     return text, (found, sent)
+
+
+def rosters_text(current: int, newest: int, theirs: int, *, approves: bool) -> str:
+    """The numbers of the roster in force here, of the newest seen here, and of the coordinator's. approves: whether the
+    operator of this site approves each roster."""
+    if theirs < newest:
+        return (
+            f"warning: roster {theirs} at the coordinator is older than {newest}, which this site has seen, and is "
+            "refused: ask the federation's operator"
+        )
+    if theirs == current:
+        return f"roster {theirs} at both ends"
+    if not approves:
+        return f"roster {theirs} at the coordinator: `fed-site run` takes it"
+    first = "" if theirs == newest else "`fed-site run` fetches it, then "
+    return f"warning: roster {theirs} waits: {first}`fed-site roster approve {theirs}`"
 
 
 async def _ask(config: SiteConfig, papers: Papers, hello: frames.Hello) -> frames.Welcome:

@@ -263,7 +263,11 @@ class SitePolicy:
             if self.sites > MAX_MASKED_SITES and Protection.of(protection).masks:
                 blocking = blocking or "protections"
                 continue
-            terms = Terms(protection, self.sites, self.least_threshold, cipher)
+            try:
+                terms = Terms(protection, self.sites, self.least_threshold, cipher)
+            except Refused:  # too few sites for any protection
+                blocking = "minimum_sites"
+                continue
             train = TrainSection(epochs=1, batch_size=max(self.rules.least_batch, 1))
             asked = _Asked(terms, 1, train)
             key = next((key for key in _RULES if self._refused_by(key, asked)), "")

@@ -11,6 +11,7 @@ Rosters that other sites see need no check here: the header of every round has t
 """
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from fedcore_clients.config import SiteConfig
@@ -214,11 +215,16 @@ class SiteRosters:
         return about | {"problem": self.problem, "held": [*self.held]}
 
 
+def sites_text(sites: Collection[str]) -> str:
+    """How many sites, in words."""
+    return f"{len(sites)} site{'s' * (len(sites) != 1)}"
+
+
 def roster_lines(about: Json) -> list[str]:
     """The rosters in words."""
     number, sites = about["number"], about["sites"]
     name = f"roster {number}" if number else "roster without a number"
-    lines = [f"{name}: {len(sites)} site{'s' * (len(sites) != 1)}: {', '.join(sites)}"]
+    lines = [f"{name}: {sites_text(sites)}: {', '.join(sites)}"]
     waiting = about["waiting"]
     if waiting is not None:
         lines.append(

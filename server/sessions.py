@@ -172,7 +172,7 @@ class Sessions:
         self.counts.sessions += 1
         about = {"certificate": session.peer.fingerprint, "serial": session.peer.serial}
         self.note("connect", site=name, word="begins", **about)
-        session.put(welcome(self.context.federation))
+        session.put(welcome(self.context))
 
     def check(self, ping: frames.Ping | None) -> None:
         """End sessions whose certificate no longer counts; send the others the ping."""
@@ -238,9 +238,10 @@ class Sessions:
         session.put(frames.SmallDownload(start, data))
 
 
-def welcome(federation: str) -> frames.Welcome:
+def welcome(context: CoordinatorContext) -> frames.Welcome:
     """The answer to a Hello that is accepted now."""
-    return frames.Welcome(federation, int(time.time() * 1000))
+    number = context.rosters.current.number
+    return frames.Welcome(context.federation, int(time.time() * 1000), number)
 
 
 def goodbye(code: str, error: Exception) -> frames.Goodbye:

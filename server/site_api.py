@@ -136,7 +136,7 @@ class SiteApi:
                 "roster: found other identity keys pinned at the site than here",
                 remedy="both must have the same roster.toml",
             )
-        return sessions.welcome(self._hub.context.federation)
+        return sessions.welcome(self._hub.context)
 
     async def session(self, peer: Peer, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The serialised frames for one site, until its session ends."""

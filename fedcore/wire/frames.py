@@ -97,10 +97,12 @@ class Hello:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The coordinator's answer. time_ms: its clock, milliseconds since 1970 UTC."""
+    """The coordinator's answer. time_ms: its clock, milliseconds since 1970 UTC; roster: number of its newest one, 0
+    without a number."""
 
     federation: limits.Id
     time_ms: limits.Number
+    roster: limits.Number = 0
     software: Software = SOFTWARE
     version: Version = WIRE_VERSION
 

@@ -85,16 +85,18 @@ class Held(_message.Message):
     def __init__(self, job: _Optional[str] = ..., certificate: _Optional[str] = ..., epoch: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("version", "software", "federation", "time_ms")
+    __slots__ = ("version", "software", "federation", "time_ms", "roster")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
     version: int
     software: str
     federation: str
     time_ms: int
-    def __init__(self, version: _Optional[int] = ..., software: _Optional[str] = ..., federation: _Optional[str] = ..., time_ms: _Optional[int] = ...) -> None: ...
+    roster: int
+    def __init__(self, version: _Optional[int] = ..., software: _Optional[str] = ..., federation: _Optional[str] = ..., time_ms: _Optional[int] = ..., roster: _Optional[int] = ...) -> None: ...
 
 class Record(_message.Message):
     __slots__ = ("job", "body")

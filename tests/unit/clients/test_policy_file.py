@@ -170,6 +170,8 @@ def test_the_guard_goes_by_the_new_factor(tmp_path):
     ("rules", "sites", "key"),
     [
         ({"minimum_sites": 5}, 4, "minimum_sites"),
+        ({}, 1, "minimum_sites"),
+        ({"protections": ["encrypted"]}, 2, "minimum_sites"),
         ({"protections": ["layered"]}, 65, "protections"),
         ({"protections": ["encrypted"]}, 65, ""),
         ({"protections": ["masked"], "ciphers": ["keystream"]}, 4, ""),

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
-from fedcore_clients.check import _roster
+from fedcore_clients.check import _policy, _roster, rosters_text
 from fedcore_clients.cli import main
 from fedcore_clients.config import read_config
 from fedcore_clients.rosters import (
@@ -240,3 +240,27 @@ def test_check_shows_the_roster_and_warns_of_one_that_waits(home):
     approve_roster(config, kit, 2)
     papers.roster = approved_roster(config, kit)
     assert _roster(config, papers) == "number 2, signed by the federation's authority: 4 sites"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "approves", "text"),
+    [
+        ((4, 4, 4), True, "roster 4 at both ends"),
+        ((2, 2, 5), False, "roster 5 at the coordinator: `fed-site run` takes it"),
+        ((2, 2, 5), True, "warning: roster 5 waits: `fed-site run` fetches it, then `fed-site roster approve 5`"),
+        ((2, 5, 5), True, "warning: roster 5 waits: `fed-site roster approve 5`"),
+        ((2, 4, 5), True, "warning: roster 5 waits: `fed-site run` fetches it, then `fed-site roster approve 5`"),
+        ((4, 4, 3), True, "warning: roster 3 at the coordinator is older than 4, which this site has seen, and is"
+         " refused: ask the federation's operator"),
+    ],
+)  # fmt: skip
+def test_check_compares_the_roster_with_the_coordinators(numbers, approves, text):
+    assert rosters_text(*numbers, approves=approves) == text
+
+
+def test_check_of_the_first_site_that_joined_warns_of_too_few(tmp_path):
+    site = SiteFolder(tmp_path, document(1, "a"))
+    said = _policy(site.policy)
+    assert "because of minimum_sites: too few sites so far on the roster here, 1" in said
+    said = _roster(site.config, SimpleNamespace(kit=site.kit, roster=site.live.current))
+    assert said == "number 1, signed by the federation's authority: 1 site"

@@ -139,6 +139,18 @@ def test_sites_of_a_job_that_is_not_over_may_connect_with_its_roster(town):
         asyncio.run(api.check(PEER, frames.Hello(first.roster.digest)))
 
 
+def test_the_welcome_has_the_number_of_the_newest_roster(town):
+    api = SiteApi(town.hub, Transfers(town.hub))
+
+    def number():
+        asked = frames.Hello(town.hub.context.rosters.current.digest)
+        return asyncio.run(api.check(PEER, asked)).roster
+
+    assert number() == 0, "a roster without a number"
+    town.hub.context.rosters.current = PinnedRoster(roster_of("abc"), 7, b"signed")
+    assert number() == 7
+
+
 def test_evicting_a_new_site_leaves_the_jobs_without_it_alone(town):
     first, api = town.submit(), OperatorsApi(town.hub)
     town.change("abcde")
