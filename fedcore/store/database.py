@@ -27,6 +27,7 @@ from sqlalchemy import (
     Table,
     bindparam,
     delete,
+    func,
     insert,
     select,
     update,
@@ -152,7 +153,9 @@ class Statements:
             return (table.c.party == bindparam("party"), *here) if found.by_party else here
 
         party: dict[str, Any] = {"party": bindparam("party")} if found.by_party else {}
-        columns: dict[str, Any] = {c.name: bindparam(c.name) for c in records.c if c.name != "id"}
+        columns: dict[str, Any] = {
+            c.name: bindparam(c.name) for c in records.c if c.name != "id" or not found.by_party
+        }
         place = mine(values, "key")
         new: dict[str, Any] = {
             "job": bindparam("of"),
@@ -160,6 +163,7 @@ class Statements:
             "body": bindparam("value"),
         }
         self.add = Compiled(insert(records).values(columns), dialect)
+        self.last = Compiled(select(func.max(records.c.id)), dialect)
         self.clear = Compiled(delete(records).where(*mine(records, "stream")), dialect)
         self.change = Compiled(
             update(values).where(*place).values(body=bindparam("value")), dialect

@@ -5,7 +5,8 @@ values (a state, a payload) have a key each and may be written in the same commi
 Invariants: `append` returns when the records would survive a power cut, and keeps all of them or none. Only one
 process at a time can write a journal. In an SQLite file no removed data are left after `compact` and `forget`;
 after `trim` free pages may contain them, until one of these or the next `open`. PostgreSQL keeps removed data for
-as long as it likes, so only a coordinator, which has no round secrets, may have its journal there.
+as long as it likes, so only a coordinator, which has no round secrets, may have its journal there. A site may have the
+contents of its rows encrypted (`sealing.py`).
 
 What differs between the two is in `sqlite.py` and `postgresql.py`. One connection is kept.
 """
@@ -23,9 +24,10 @@ from sqlalchemy import Select, Table, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from fedcore.errors import LeaseLost, MalformedMessage, StoreProblem
+from fedcore.errors import EnvelopeRefused, LeaseLost, MalformedMessage, StoreProblem
 from fedcore.secagg.protocol.wire_form import decode, encode, type_name
 from fedcore.store.database import Database, statements
+from fedcore.store.sealing import RowSealer, unsealed
 from fedcore.store.sqlite import SqliteFile
 
 _PAGE = 64
@@ -35,8 +37,8 @@ _PAGE = 64
 class Journal:
     """A party's records on disk. Thread-safe: calls are serialised by a lock."""
 
-    def __init__(self, database: Database, party: str) -> None:
-        self._database, self._party = database, party
+    def __init__(self, database: Database, party: str, sealer: RowSealer | None = None) -> None:
+        self._database, self._party, self._sealer = database, party, sealer
         self._connection, self._tables = database.connection, database.tables
         driver = database.connection.engine.url.drivername
         self._statements = statements(driver, database.tables)
@@ -45,13 +47,16 @@ class Journal:
         """Whether it is on a server, and not in the folder of this process."""
 
     @classmethod
-    def open(cls, where: Path | str, *, party: str) -> Journal:
-        """Open or create the journal at a path, or at a URL `sqlite:///PATH`.
+    def open(cls, where: Path | str, *, party: str, sealer: RowSealer | None = None) -> Journal:
+        """Open or create the journal at a path, or at a URL `sqlite:///PATH`. sealer: what its contents are encrypted
+        with; None: they are in clear.
 
         Erases what a crash left of removed records. Raises StoreProblem: opened by another process, of
-        another version, of another party, not a journal, not readable or writable.
+        another version, of another party, in clear or encrypted against expectation, not a journal, not readable or
+        writable.
         """
-        return cls(SqliteFile.open(_path_of(where), party), party)
+        sealed = sealer.name if sealer is not None else ""
+        return cls(SqliteFile.open(_path_of(where), party, sealed), party, sealer)
 
     def close(self) -> None:
         """Close the journal, so that another process can open it. Idempotent."""
@@ -86,17 +91,23 @@ class Journal:
         self, job: str, stream: str, records: Sequence[Any], put: Mapping[str, bytes]
     ) -> None:
         now = time.time()  # informative only
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "party": self._party, "job": job, "stream": stream, "kind": type_name(type(record)),
-                "body": encode(record), "created_at": now,
+                "body": encode(record), "created_at": now, "id": None,
             }
             for record in records
         ]  # fmt: skip
+        if rows and self._sealer is not None:
+            last = self._statements.last.run(self._connection, {}).scalar_one() or 0
+            for number, each in enumerate(rows, last + 1):
+                place = (job, stream, each["kind"], number)
+                each |= {"id": number, "body": self._sealer.record(each["body"], *place)}
         if rows:
             self._statements.add.run(self._connection, *rows)
         for key, value in put.items():
-            row = self._row(job, key) | {"value": value}
+            sealed = value if self._sealer is None else self._sealer.value(value, job, key)
+            row = self._row(job, key) | {"value": sealed}
             if not self._statements.change.run(self._connection, row).rowcount:
                 self._statements.new.run(self._connection, row)
 
@@ -169,8 +180,14 @@ class Journal:
                 return
 
     def _decoded(self, row: Any) -> Any:
+        body = row.body
+        if self._sealer is not None:
+            try:
+                body = self._sealer.open_record(body, row.job, row.stream, row.kind, row.id)
+            except EnvelopeRefused:
+                raise unsealed(self._database.name, f"record {row.id} ({row.kind})") from None
         try:
-            found = decode(row.body, object)
+            found = decode(body, object)
         except MalformedMessage as error:
             raise StoreProblem(
                 f"{self._database.name}: record {row.id} ({row.kind}): found {error.found}, "
@@ -190,7 +207,12 @@ class Journal:
             found: bytes | None = self._statements.get.run(
                 self._connection, self._row(job, key)
             ).scalar_one_or_none()
+        if found is None or self._sealer is None:
             return found
+        try:
+            return self._sealer.open_value(found, job, key)
+        except EnvelopeRefused:
+            raise unsealed(self._database.name, f"value {key} of job {job}") from None
 
     def keys(self, job: str) -> list[str]:
         """The keys of a job that have a value, in order."""

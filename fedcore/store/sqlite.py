@@ -32,6 +32,8 @@ class SqliteFile:
 
     def __init__(self, path: Path, lock: FileLock) -> None:
         self._path, self._lock = path, lock
+        self.sealed = ""
+        """Name of the key that its contents are encrypted with; "" for none."""
         self.name, self.tables = f"journal {path}", tables(by_party=False)
         engine = create_engine(
             URL.create("sqlite", database=str(path)), poolclass=NullPool, hide_parameters=True,
@@ -40,9 +42,9 @@ class SqliteFile:
         self.connection = engine.connect()
 
     @classmethod
-    def open(cls, path: Path, party: str) -> SqliteFile:
-        """Open or create it, and erase what a crash left of removed data. Raises StoreProblem: see
-        `Journal.open`."""
+    def open(cls, path: Path, party: str, sealed: str | None = "") -> SqliteFile:
+        """Open or create it, and erase what a crash left of removed data. sealed: the name of the key that its contents
+        are encrypted with, "" for none, None for any. Raises StoreProblem: see `Journal.open`."""
         with contextlib.ExitStack() as undo:
             with refusals("journal", path):
                 make_folder(path.parent)
@@ -54,13 +56,13 @@ class SqliteFile:
             try:
                 found = cls(path, lock)
                 undo.callback(found.connection.close)
-                found._prepare(party)
+                found._prepare(party, sealed)
             except DBAPIError as error:
                 raise _refused("open", path, error) from error
             undo.pop_all()
         return found
 
-    def _prepare(self, party: str) -> None:
+    def _prepare(self, party: str, sealed: str | None) -> None:
         every, meta = self.tables.all, self.tables.meta
         self.tune()
         with self.connection.begin():
@@ -76,12 +78,32 @@ class SqliteFile:
                 known = {row.name: row.value for row in self.connection.execute(select(meta))}
         if known:
             check_meta(self.name, known, {"party": party})
+            self.sealed = known.get("sealed", "")
+            if sealed is not None:
+                self.require_sealed(sealed)
         else:
-            rows = [{"name": "version", "value": str(SCHEMA)}, {"name": "party", "value": party}]
+            self.sealed = sealed or ""
+            about = {"version": str(SCHEMA), "party": party}
+            about |= {"sealed": self.sealed} if self.sealed else {}
+            rows = [{"name": name, "value": value} for name, value in about.items()]
             with self.connection.begin():
                 every.create_all(self.connection, checkfirst=bool(found))
                 self.connection.execute(insert(meta), rows)
         self.scrub()
+
+    def require_sealed(self, name: str) -> None:
+        """Raise StoreProblem unless its contents are encrypted with the key of this name; "": unless in clear."""
+        if self.sealed == name:
+            return
+        if not self.sealed:
+            found, remedy = "it in clear, expected it encrypted", "fed-site keystore encrypt"
+        elif not name:
+            found = "it encrypted, expected it in clear"
+            remedy = "[keystore] in site.toml names the keystore that opens it (docs/enrolment.md)"
+        else:
+            found = "it encrypted with another keystore's key, expected this one's"
+            remedy = "restore the keystore of this site, or start it anew with an empty folder"
+        raise StoreProblem(f"{self.name}: found {found}", remedy=remedy)
 
     @property
     def closed(self) -> bool:

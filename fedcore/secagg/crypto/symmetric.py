@@ -41,6 +41,9 @@ class Label(StrEnum):
     PAIR_SEED = "pair seed"
     SELF_MASK = "self mask"
     KEYSTREAM = "keystream"
+    KEY_FILE = "key file"
+    JOURNAL = "journal"
+    BACKUP = "backup"
 
 
 def framed(*parts: bytes) -> bytes:
