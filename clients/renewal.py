@@ -71,7 +71,7 @@ class Renewal:
 
     async def _renew(self, now: datetime) -> None:
         kit = self._kits.current
-        site, key = kit.peer.name, read_key(kit.key_path)
+        site, key = kit.peer.name, read_key(kit.key_path, kit.password)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise BadInput(f"{kit.key_path}: found a key of another kind, expected EC P-256")
         try:

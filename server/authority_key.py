@@ -6,22 +6,19 @@ be read in the list of processes. It is in no message.
 
 from __future__ import annotations
 
-import getpass
 import os
-import sys
 from pathlib import Path
 
 from fedcore_server.config import FederationConfig
 
 from fedcore.errors import BadInput
 from fedcore.identity.authority import Authority
-from fedcore.identity.kit import AUTHORITY_FILE, KEY_FILE, read_limited, read_private
+from fedcore.identity.kit import AUTHORITY_FILE, KEY_FILE, read_limited
+from fedcore.identity.passphrase import ask_passphrase, passphrase_in
 from fedcore.identity.verify import fingerprint
 from fedcore.secagg.crypto.secret import SecretBytes
 
 PASSPHRASE_VARIABLE = "FEDCORE_AUTHORITY_PASSPHRASE"  # noqa: S105 - a variable's name
-LEAST_CHARACTERS = 12
-"""Of a new passphrase: a copied key file can be tried offline."""
 
 
 def find_passphrase(file: Path | None, *others: Path | None) -> SecretBytes | None:
@@ -32,35 +29,14 @@ def find_passphrase(file: Path | None, *others: Path | None) -> SecretBytes | No
         next((each for each in others if each is not None), None) if not found else None
     )
     if path is not None:
-        text = read_private(path).rstrip(b"\r\n")
-        if not text:
-            raise BadInput(f"{path}: found it empty, expected a passphrase")
-        return SecretBytes(text)
+        return passphrase_in(path)
     return SecretBytes(found.encode()) if found else None
 
 
-def ask_passphrase(*, new: bool = False) -> SecretBytes:
+def ask_authority_passphrase(*, new: bool = False) -> SecretBytes:
     """Ask at the terminal, twice for a new one. Raises BadInput without a terminal, or if the two differ."""
-    if not sys.stdin.isatty():
-        raise BadInput(
-            "passphrase of the authority: found none and no terminal to ask at, expected it",
-            remedy=f"--passphrase-file FILE (mode 0600), or ${PASSPHRASE_VARIABLE}",
-        )
-    text = getpass.getpass("passphrase of the authority: ")
-    if new and getpass.getpass("the same again: ") != text:
-        raise BadInput("passphrase: found two that differ, expected the same twice")
-    return SecretBytes(text.encode())
-
-
-def check_new(passphrase: SecretBytes) -> SecretBytes:
-    """A passphrase for a new key. Raises BadInput for a short one."""
-    found = len(passphrase.reveal())
-    if found < LEAST_CHARACTERS:
-        raise BadInput(
-            f"passphrase: found {found} characters, expected {LEAST_CHARACTERS} or more",
-            remedy="openssl rand -base64 24 > FILE && chmod 600 FILE, and --passphrase-file FILE",
-        )
-    return passphrase
+    otherwise = f"--passphrase-file FILE (mode 0600), or ${PASSPHRASE_VARIABLE}"
+    return ask_passphrase("the authority", otherwise, new=new)
 
 
 def authority_folder(config: FederationConfig, folder: Path | None) -> Path | None:

@@ -149,7 +149,7 @@ async def listening(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     kits = KitFile(kit)
-    context.load_cert_chain(kit.certificate_path, kit.key_path, password="")  # never asks
+    kit.load_into(context)
     context.num_tickets = 0
     sockets = listen_sockets(hosts, port)
     room, of_address = asyncio.Semaphore(MOST_CONNECTIONS), Counter[str]()
@@ -159,7 +159,7 @@ async def listening(
     async def exchange(connection: socket.socket, address: str) -> None:
         try:
             if kits.refresh():
-                context.load_cert_chain(kit.certificate_path, kit.key_path, password="")
+                kits.current.load_into(context)
             async with asyncio.timeout(SECONDS):
                 await _exchange(enrolments, context, connection)
         except (OSError, EOFError, TimeoutError) as error:

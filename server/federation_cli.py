@@ -65,10 +65,12 @@ def init(
     """Make a federation. Its authority, the certificates of coordinator and operator, federation.toml."""
     from datetime import UTC, datetime
 
-    from fedcore_server.authority_key import ask_passphrase, check_new, find_passphrase
+    from fedcore_server.authority_key import ask_authority_passphrase, find_passphrase
     from fedcore_server.new_federation import create
 
-    passphrase = find_passphrase(passphrase_file) or ask_passphrase(new=True)
+    from fedcore.identity.passphrase import check_new
+
+    passphrase = find_passphrase(passphrase_file) or ask_authority_passphrase(new=True)
     made = create(
         name, out or Path(name), host, check_new(passphrase), datetime.now(UTC), port=port,
         enrol_port=enrol_port or port + 1, approval="manual" if manual else "automatic",
@@ -298,7 +300,7 @@ def _files(config: Path) -> FederationFiles:
 
 def _authority(files: FederationFiles, folder: Path | None, passphrase: Path | None) -> Authority:
     from fedcore_server.authority_key import (
-        ask_passphrase,
+        ask_authority_passphrase,
         authority_folder,
         find_passphrase,
         open_authority,
@@ -313,7 +315,8 @@ def _authority(files: FederationFiles, folder: Path | None, passphrase: Path | N
             "authority: found no key on this machine, expected one to sign with",
             remedy="name its folder, also on a drive: --authority FOLDER",
         )
-    secret = find_passphrase(passphrase, config.enrolment.passphrase_file) or ask_passphrase()
+    secret = find_passphrase(passphrase, config.enrolment.passphrase_file)
+    secret = secret or ask_authority_passphrase()
     return open_authority(config, found, secret)
 
 

@@ -26,22 +26,23 @@ from fedcore.files.toml import read_tables
 from fedcore.identity.kit import key_pem, read_key, write_private
 from fedcore.identity.peer import check_name, check_sites
 from fedcore.secagg.crypto.identity_key import PUBLIC_BYTES, IdentityKey, roster_digest
+from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.types import SiteId
 
 IDENTITY_FILE = "identity.pem"
 ROSTER_FILE = "roster.toml"
 
 
-def create_identity(path: Path) -> IdentityKey:
-    """Draw a signing key and write it. Raises AlreadyExists if the file exists, BadInput."""
+def create_identity(path: Path, password: SecretBytes | None = None) -> IdentityKey:
+    """Draw a signing key and write it, encrypted where there is a password. Raises AlreadyExists, BadInput."""
     raw = os.urandom(PUBLIC_BYTES)
-    write_private(path, key_pem(Ed25519PrivateKey.from_private_bytes(raw)))
+    write_private(path, key_pem(Ed25519PrivateKey.from_private_bytes(raw), password))
     return IdentityKey(raw)
 
 
-def read_identity(path: Path) -> IdentityKey:
-    """The signing key in a file. Raises BadInput."""
-    key = read_key(path)
+def read_identity(path: Path, password: SecretBytes | None = None) -> IdentityKey:
+    """The signing key in a file. password: of an encrypted one. Raises BadInput."""
+    key = read_key(path, password)
     if not isinstance(key, Ed25519PrivateKey):
         raise BadInput(
             f"{path}: found a key of another kind, expected Ed25519",

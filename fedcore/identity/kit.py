@@ -1,13 +1,15 @@
 """The files with which one party authenticates: its certificate, its key, the authority.
 
 Invariant: a key file is readable by its owner (and at most by its group, as mounted secrets are), is never
-overwritten, and is written atomically. A kit whose key does not belong to its certificate does not load.
+overwritten, and is written atomically. Where it is encrypted (`identity/keystore.py`), it is decrypted in memory
+only. A kit whose key does not belong to its certificate does not load.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import ssl
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,8 +18,6 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, FedcoreError
@@ -39,7 +39,8 @@ _LARGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Kit:
-    """A party's files as they were when read. peer: the party that the certificate names."""
+    """A party's files as they were when read. peer: the party that the certificate names; key_pem: in clear; password:
+    what opens the key's file, where that is encrypted."""
 
     peer: Peer
     authority_pem: bytes
@@ -47,13 +48,14 @@ class Kit:
     key_pem: SecretBytes
     certificate_path: Path
     key_path: Path
+    password: SecretBytes | None = None
 
     @classmethod
-    def load(cls, folder: Path) -> Kit:
-        """The kit in a folder. Raises BadInput, CertificateRefused, each naming the file."""
+    def load(cls, folder: Path, password: SecretBytes | None = None) -> Kit:
+        """The kit in a folder. password: of an encrypted key. Raises BadInput, CertificateRefused, naming the file."""
         authority, certificate = folder / AUTHORITY_FILE, folder / CERTIFICATE_FILE
         key = folder / KEY_FILE
-        private = read_key(key)
+        private = read_key(key, password)
         authority_pem, certificate_pem = read_limited(authority), read_limited(certificate)
         for path, pem in ((authority, authority_pem), (certificate, certificate_pem)):
             try:
@@ -71,8 +73,9 @@ class Kit:
                 f"{key}: found the key of another certificate, expected that of {certificate}",
                 remedy="a certificate and its key are issued together; copy both files",
             )
-        key_pem = SecretBytes(read_limited(key))
-        return cls(peer, authority_pem, certificate_pem, key_pem, certificate, key)
+        return cls(
+            peer, authority_pem, certificate_pem, key_pem(private), certificate, key, password
+        )  # fmt: skip
 
     def check(self, role: str, now: datetime) -> None:
         """Every check of the party's own certificate, for this role. Raises CertificateRefused."""
@@ -80,6 +83,11 @@ class Kit:
         check_certificate(
             self.certificate_pem, authority, federation=federation, role=role, now=now
         )
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Use certificate and key for TLS, from their files: OpenSSL decrypts the key itself. Raises OSError."""
+        password = self.password.reveal() if self.password is not None else ""  # "": it never asks
+        context.load_cert_chain(self.certificate_path, self.key_path, password)
 
 
 class KitFile:
@@ -100,7 +108,7 @@ class KitFile:
             return False
         self._stamp = stamp  # before reading: a change while reading is seen next time
         try:
-            found = Kit.load(before.certificate_path.parent)
+            found = Kit.load(before.certificate_path.parent, before.password)
             found.check(before.peer.role, datetime.now(UTC))
         except FedcoreError as error:
             LOG.error("%s; the certificate read before stays in use", error)  # noqa: TRY400 - one line
@@ -117,15 +125,36 @@ class KitFile:
         return True
 
 
-def read_key(path: Path) -> PrivateKeyTypes:
-    """A private key in PEM form without passphrase. Raises BadInput, also for one others can read."""
+def read_key(path: Path, password: SecretBytes | None = None) -> PrivateKeyTypes:
+    """A private key in PEM form. password: of an encrypted one. Raises BadInput, also for one others can read, and for
+    one in clear where there is a password."""
     data = read_private(path)
     try:
-        return serialization.load_pem_private_key(data, password=None)
+        return serialization.load_pem_private_key(
+            data, password.reveal() if password is not None else None
+        )
     except TypeError:
-        raise BadInput(f"{path}: found a key under a passphrase, expected one without") from None
+        if password is None:
+            raise BadInput(
+                f"{path}: found a key under a passphrase, expected one without",
+                remedy="[keystore] in site.toml names the keystore that opens it (docs/enrolment.md)",
+            ) from None
+        raise BadInput(
+            f"{path}: found a key in clear, expected it encrypted, as [keystore] says",
+            remedy="fed-site keystore encrypt",
+        ) from None
     except ValueError:
+        if is_encrypted(data):
+            raise BadInput(
+                f"{path}: found a key that the keystore does not open, expected one of this keystore",
+                remedy="it is damaged, or of another keystore: restore both from one backup, or join with new keys",
+            ) from None
         raise BadInput(f"{path}: found no private key, expected one in PEM form") from None
+
+
+def is_encrypted(data: bytes) -> bool:
+    """Whether a key's file is encrypted."""
+    return b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in data
 
 
 def read_private(path: Path) -> bytes:
@@ -140,9 +169,7 @@ def read_private(path: Path) -> bytes:
     return data
 
 
-def key_pem(
-    key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey, passphrase: SecretBytes | None = None
-) -> SecretBytes:
+def key_pem(key: PrivateKeyTypes, passphrase: SecretBytes | None = None) -> SecretBytes:
     """A private key in PEM form (PKCS8), encrypted where there is a passphrase."""
     encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     sealed: serialization.KeySerializationEncryption = serialization.NoEncryption()

@@ -41,7 +41,7 @@ def preflight(
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=kit.authority_pem.decode())
     try:
-        context.load_cert_chain(kit.certificate_path, kit.key_path, password="")  # never asks
+        kit.load_into(context)
     except OSError:
         raise BadInput(
             f"{kit.key_path}: found it changed since it was read, expected the key read before",
