@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedcore_clients.config import SiteConfig
+from fedcore_clients.config import JOURNAL_FILE, SiteConfig
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.control import CONTROL_FILE, LOCK_FILE, ControlFile
 from fedcore_clients.health import ADDRESS, health
@@ -52,7 +52,6 @@ from fedcore.cli.console import ago
 from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem, UnknownName
 from fedcore.files import write_json
 from fedcore.files.disk import close_to_others
-from fedcore.identity.identities import read_identity
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import check_name, require_role
 from fedcore.identity.roster import ROSTER_KEY, PinnedRoster, RosterFile
@@ -81,7 +80,7 @@ from fedcore.wire.records import TO_SITE, unpack_record
 
 LOG = logging.getLogger("fedcore.site")
 
-STATUS_FILE, RECIPE_FILE, JOURNAL_FILE = "status.json", "job.json", "journal.sqlite"
+STATUS_FILE, RECIPE_FILE = "status.json", "job.json"
 
 OWN_FILES = (
     "journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FILE, STATUS_FILE, AUDIT_FILES,
@@ -444,7 +443,7 @@ class Papers:
 
 def read_papers(config: SiteConfig) -> Papers:
     """Certificate, roster and identity key, each checked against the others. Raises FedcoreError."""
-    kit = Kit.load(config.kit)
+    kit = config.read_kit()
     require_role(kit.peer, ["site"])
     if kit.peer.name != config.site:
         raise BadInput(
@@ -459,18 +458,13 @@ def read_papers(config: SiteConfig) -> Papers:
             f"roster: found {', '.join(pins)}, expected this site {config.site!r} among them",
             remedy=f"ask the operator for a roster.toml with {config.site!r} in it",
         )
-    identity = read_identity(config.identity)
+    identity = config.read_identity()
     if pins[SiteId(config.site)] != identity.public:
         raise BadInput(
             f"identity: found another key than roster.toml pins for {config.site!r}",
             remedy="the roster must hold the public half of this site's identity key",
         )
     return Papers(kit, roster, identity)
-
-
-def party_of(config: SiteConfig) -> str:
-    """The party that the journal is of, as the journal has it."""
-    return f"site {config.site}"
 
 
 def hello_of(config: SiteConfig, roster: PinnedRoster, held: Sequence[Held] = ()) -> Hello:
@@ -515,7 +509,7 @@ def policy_of(config: SiteConfig, papers: Papers) -> SitePolicy:
 def audit_facts(config: SiteConfig, papers: Papers) -> dict[str, Fact]:
     """What the first line of every start states: who, under which certificate, with which files."""
     return {
-        "party": party_of(config), "federation": papers.kit.peer.federation,
+        "party": config.party, "federation": papers.kit.peer.federation,
         "certificate": papers.kit.peer.fingerprint, "software": fedcore.__version__,
         "roster": papers.roster.digest, "sites": tuple(papers.roster.sites),
         **policy_facts(config),
@@ -538,7 +532,9 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
     rosters = RosterFile(papers.roster, config.roster, kit.authority_pem, kit.peer.federation)
     rosters.known()
     with (
-        Journal.open(config.folder / JOURNAL_FILE, party=party_of(config)) as journal,
+        Journal.open(
+            config.folder / JOURNAL_FILE, party=config.party, sealer=config.row_sealer()
+        ) as journal,
         Ledger.open(config.folder, papers.identity) as ledger,
         AuditTrail.open(
             config.folder, SiteSigner(papers.identity), audit_facts(config, papers)

@@ -22,8 +22,7 @@ from fedcore_clients.config import SiteConfig, read_config
 from fedcore_clients.trainer import Loaded
 
 from fedcore.errors import FedcoreError
-from fedcore.identity.identities import read_identity, read_roster
-from fedcore.identity.kit import Kit
+from fedcore.identity.identities import read_roster
 from fedcore.identity.roster import PinnedRoster
 from fedcore.learning.state import JobState
 from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, Wide
@@ -84,8 +83,8 @@ async def _run(configs: Sequence[SiteConfig], parameters: int) -> None:
 
 
 def _site(config: SiteConfig, parameters: int, stack: contextlib.ExitStack) -> Site:
-    kit = Kit.load(config.kit)
-    papers = Papers(kit, PinnedRoster(read_roster(config.roster)), read_identity(config.identity))
+    kit = config.read_kit()
+    papers = Papers(kit, PinnedRoster(read_roster(config.roster)), config.read_identity())
     context = stack.enter_context(opened(config, papers))
     return Site(config, kit, context, Drawn(context.id, parameters))
 

@@ -23,7 +23,7 @@ import grpc
 import grpc.aio
 from fedcore_clients import app
 from fedcore_clients.app import Papers
-from fedcore_clients.config import SiteConfig, TaskSection, read_config
+from fedcore_clients.config import JOURNAL_FILE, SiteConfig, TaskSection, read_config
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.rosters import newest_roster, sites_text
 from fedcore_clients.sandbox import NONE_HINT, choose
@@ -33,7 +33,6 @@ from fedcore_clients.status import runs
 from fedcore.cli.console import ago
 from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
 from fedcore.files.disk import open_to_others
-from fedcore.identity.identities import read_identity
 from fedcore.identity.preflight import authority_of, preflight, proxied
 from fedcore.identity.signed_roster import changes_of
 from fedcore.store.journal import Journal
@@ -121,10 +120,10 @@ def _config(path: Path) -> tuple[str, SiteConfig]:
 def _papers(config: SiteConfig) -> tuple[str, Papers]:
     found = app.read_papers(config)
     left = ago((found.kit.peer.ends - datetime.now(UTC)).total_seconds())
-    return (
-        f"{found.kit.peer}, valid for {left} more; on a roster of {sites_text(found.roster.sites)}",
-        found,
-    )
+    at_rest = "encrypted" if config.keystore is not None else "in clear"
+    where = f"on a roster of {sites_text(found.roster.sites)}"
+    text = f"{found.kit.peer}, valid for {left} more; {where}"
+    return f"{text}; private keys {at_rest} at rest", found
 
 
 def _roster(config: SiteConfig, papers: Papers) -> str:
@@ -185,11 +184,11 @@ def _sandbox(config: SiteConfig) -> str:
 
 def _journal(config: SiteConfig) -> str:
     """Whether the journal can be opened, unless it does not exist or the running process holds it."""
-    path = config.folder / app.JOURNAL_FILE
+    path = config.folder / JOURNAL_FILE
     if not path.exists():
         return ""
     try:
-        with Journal.open(path, party=app.party_of(config)) as journal:
+        with Journal.open(path, party=config.party, sealer=config.row_sealer()) as journal:
             return f"; {journal.verify()} records"
     except StoreProblem:
         if runs(config.folder):
@@ -226,7 +225,7 @@ def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
     from fedcore.learning.site import SiteTrainer
 
     job = build_job(task.defaults)
-    split = split_from_json(config.split.of(read_identity(config.identity)))
+    split = split_from_json(config.split.of(config.read_identity()))
     with single_thread():
         site = SiteTrainer.load(task, job, SiteId(config.site), section.source, CAP, split)
     train, test = len(site.site.train), len(site.site.test)

@@ -300,12 +300,10 @@ def roster(asked: typer.Context, config: Config = _HERE, as_json: AsJson = False
     from fedcore_clients.config import read_config
     from fedcore_clients.rosters import approved_roster, newest_roster, roster_json, roster_lines
 
-    from fedcore.identity.kit import Kit
-
     if asked.invoked_subcommand is not None:
         return
     site = read_config(config)
-    kit = Kit.load(site.kit)
+    kit = site.read_kit()
     current = approved_roster(site, kit)
     found = roster_json(current, newest_roster(site, kit, current))
     _print(as_json, found, roster_lines(found))
@@ -321,12 +319,80 @@ def approve_number(
     from fedcore_clients.config import read_config
     from fedcore_clients.rosters import approve_roster
 
-    from fedcore.identity.kit import Kit
-
     site = read_config(config)
-    found = approve_roster(site, Kit.load(site.kit), number)["waiting"]
+    found = approve_roster(site, site.read_kit(), number)["waiting"]
     lines = [f"roster {number} approved: {len(found['sites'])} sites", *found["changes"]]
     _print(as_json, found, lines)
+
+
+keystore_app = typer.Typer(help="Encrypt this site's private keys at rest.", no_args_is_help=True)
+app.add_typer(keystore_app, name="keystore")
+
+
+@keystore_app.command("encrypt")
+def encrypt_keys(config: Config = _HERE, as_json: AsJson = False) -> None:
+    """Encrypt the private keys, with the passphrase that [keystore] names. Can be repeated if it was interrupted."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.private_files import encrypt, encrypted_lines
+
+    found = encrypt(read_config(config))
+    _print(as_json, found, encrypted_lines(found))
+
+
+@keystore_app.command("rotate")
+def rotate_passphrase(
+    new: Annotated[
+        str, typer.Option("--new", help="Where the new passphrase is: as `unlock` in [keystore].")
+    ] = "prompt",
+    config: Config = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Change the passphrase. Keys and journal stay as they are."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.keystore_backup import rotate, rotated_lines
+
+    found = rotate(read_config(config), new)
+    _print(as_json, found, rotated_lines(found))
+
+
+@keystore_app.command("backup")
+def back_up_keys(
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    config: Config = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Write an encrypted copy of the keys. It opens with the passphrase; the journal is not in it."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.keystore_backup import back_up, backed_up_lines
+
+    found = back_up(read_config(config), file)
+    _print(as_json, found, backed_up_lines(found))
+
+
+@keystore_app.command("restore")
+def restore_keys(
+    file: Annotated[Path, typer.Argument(help="A file of `fed-site keystore backup`.")],
+    config: Config = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Put the keys of a backup in their places. Overwrites nothing."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.keystore_backup import restore, restored_lines
+
+    found = restore(read_config(config), file)
+    _print(as_json, found, restored_lines(found))
+
+
+@keystore_app.command("status")
+def show_keystore(config: Config = _HERE, as_json: AsJson = False) -> None:
+    """Show which private keys are encrypted. Needs no passphrase."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.private_files import keystore_lines, keystore_status
+
+    found = keystore_status(read_config(config))
+    _print(as_json, found, keystore_lines(found))
+    if found["file"] is not None and not found["at_rest"]:
+        raise typer.Exit(EXIT_REFUSED)
 
 
 @app.command()

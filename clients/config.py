@@ -5,6 +5,9 @@ standbys = ["hub2.example.org:7443"]    # where another coordinator takes over; 
 kit = "kit"               identity = "identity.pem"                   roster = "roster.toml"
 folder = "state"          sandbox = "auto"                      task_network = false
 
+[keystore]                # private keys and journal encrypted at rest: where the passphrase is (docs/enrolment.md)
+unlock = "file:/run/secrets/site-passphrase"
+
 [split]                   # which rows train and which test: this site's choice, not the job's
 method = "hash"           # by a keyed hash of each row; "folds" (seed, fold, folds) for rehearsals
 test = 0.2                # the share to test on
@@ -35,12 +38,18 @@ from pydantic import BeforeValidator, Field
 from fedcore.config import beside
 from fedcore.errors import BadInput
 from fedcore.files.toml import Section, read_tables, read_toml
+from fedcore.identity.identities import IDENTITY_FILE, read_identity
+from fedcore.identity.keystore import open_keystore
+from fedcore.identity.kit import KEY_FILE, Kit
+from fedcore.identity.passphrase import KeystoreSection
 from fedcore.identity.preflight import CoordinatorAddress, endpoint
 from fedcore.learning.task_code import FLOWER
 from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.store.sealing import RowSealer
 from fedcore.types import Json
 
-POLICY_FILE = "policy.toml"
+POLICY_FILE, JOURNAL_FILE = "policy.toml", "journal.sqlite"
 
 
 class SplitSection(Section):
@@ -118,6 +127,30 @@ class SiteConfig(CoordinatorAddress):
     )
     policy_file: Path | None = None
     tasks: dict[str, TaskSection] = Field(default_factory=dict)
+    keystore: KeystoreSection | None = None
+
+    @property
+    def party(self) -> str:
+        """The party, as its journal and its keystore name it."""
+        return f"site {self.site}"
+
+    def password(self, name: str) -> SecretBytes | None:
+        """Of this site's private file, as `key.pem`; None where keys are in clear. Raises BadInput."""
+        return open_keystore(self.keystore, self.party).password(name) if self.keystore else None
+
+    def row_sealer(self) -> RowSealer | None:
+        """What the journal is encrypted with; None where it is in clear. Raises BadInput."""
+        if self.keystore is None:
+            return None
+        return RowSealer(open_keystore(self.keystore, self.party).journal_key())
+
+    def read_kit(self) -> Kit:
+        """Certificate and key. Raises BadInput, CertificateRefused."""
+        return Kit.load(self.kit, self.password(KEY_FILE))
+
+    def read_identity(self) -> IdentityKey:
+        """The signing key. Raises BadInput."""
+        return read_identity(self.identity, self.password(IDENTITY_FILE))
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -140,7 +173,9 @@ def read_config(path: Path) -> SiteConfig:
         for each in addresses:
             endpoint(each, f"{path.name}: {key}")
     tasks = {name: task.placed(name, found.base) for name, task in found.tasks.items()}
-    return found.model_copy(update={"tasks": tasks} | _policy_of(path, found.base))
+    keystore = found.keystore and found.keystore.placed(path, f"{path.name}: keystore.unlock")
+    more = {"tasks": tasks, "keystore": keystore}
+    return found.model_copy(update=more | _policy_of(path, found.base))
 
 
 def _policy_of(path: Path, base: Path) -> dict[str, object]:

@@ -18,7 +18,6 @@ from fedcore_clients.leaving import Outgoing, OutgoingList
 from fedcore.config import Job, build_job, plan_of, read_job_file
 from fedcore.errors import BadInput, Refused
 from fedcore.files import read_json
-from fedcore.identity.identities import read_identity
 from fedcore.learning.data.split import split_from_json
 from fedcore.learning.model import single_thread
 from fedcore.learning.site import SiteTrainer
@@ -94,7 +93,7 @@ def _plan_of_job(
             "protect.max_examples: found none, expected the public cap on the rows of a site",
             remedy="write it in the job file: a submitted job always has it",
         )
-    split = split_from_json(config.split.of(read_identity(config.identity)))
+    split = split_from_json(config.split.of(config.read_identity()))
     with single_thread():
         site = SiteTrainer.load(task, job, SiteId(config.site), allowed.source, cap, split)
     return plan_of(job, site.shape, sites, cap), site.shape.features

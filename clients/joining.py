@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
-from fedcore_clients.config import POLICY_FILE
+from fedcore_clients.config import POLICY_FILE, read_config
 
 import fedcore
 from fedcore.audit.keys import SiteSigner
@@ -27,6 +27,7 @@ from fedcore.config import beside
 from fedcore.errors import AlreadyExists, BadInput, CertificateRefused
 from fedcore.files import read_json, write_atomic, write_json
 from fedcore.files.disk import make_folder
+from fedcore.files.toml import read_tables
 from fedcore.identity import kit
 from fedcore.identity.identities import IDENTITY_FILE, ROSTER_FILE, create_identity, read_identity
 from fedcore.identity.join_messages import (
@@ -42,6 +43,7 @@ from fedcore.identity.preflight import authority_of, connect
 from fedcore.identity.signed_roster import SignedRoster, read_pins
 from fedcore.identity.verify import check_certificate, fingerprint
 from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.types import Json
 
 ATTEMPT_FILE, SITE_FILE, KIT_FOLDER, STATE_FOLDER = "joining.json", "site.toml", "kit", "state"
@@ -195,7 +197,7 @@ def finish(
     )  # fmt: skip
     write_atomic(home / kit.CERTIFICATE_FILE, answer.certificate)  # last: now the site has joined
     (folder / ATTEMPT_FILE).unlink()
-    peer = kit.Kit.load(home).peer
+    peer = kit.Kit.load(home, _password(folder, kit.KEY_FILE)).peer
     return JoinedSite(site, peer.federation, roster, peer.ends, wrote)
 
 
@@ -204,7 +206,7 @@ def renewed(folder: Path, answer: JoinAnswer, now: datetime) -> JoinedSite:
 
     Raises CertificateRefused, SignatureRefused, RosterRefused, BadInput; then nothing is changed.
     """
-    before = kit.Kit.load(folder / KIT_FOLDER)
+    before = kit.Kit.load(folder / KIT_FOLDER, _password(folder, kit.KEY_FILE))
     key, identity = _keys(folder)
     known, site = fingerprint(before.authority_pem), before.peer.name
     roster = answer.check(known, site, key.public_key(), identity.public, now)
@@ -287,20 +289,32 @@ def _keys(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, IdentityKey]:
     """The TLS key and the identity key of a folder, made where they are missing. Raises BadInput."""
     home = folder / KIT_FOLDER
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = home / kit.KEY_FILE
+    path, password = home / kit.KEY_FILE, _password(folder, kit.KEY_FILE)
     if not path.exists():
-        kit.write_private(path, kit.key_pem(ec.generate_private_key(ec.SECP256R1())))
-    key = kit.read_key(path)
+        kit.write_private(path, kit.key_pem(ec.generate_private_key(ec.SECP256R1()), password))
+    key = kit.read_key(path, password)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise BadInput(f"{path}: found a key of another kind, expected EC P-256")
-    identity = folder / IDENTITY_FILE
-    return key, read_identity(identity) if identity.exists() else create_identity(identity)
+    return key, _identity(folder)
+
+
+def _identity(folder: Path) -> IdentityKey:
+    path, password = folder / IDENTITY_FILE, _password(folder, IDENTITY_FILE)
+    return read_identity(path, password) if path.exists() else create_identity(path, password)
+
+
+def _password(folder: Path, name: str) -> SecretBytes | None:
+    """Of a private file, where a site.toml with [keystore] is in the folder already. Raises BadInput."""
+    path = folder / SITE_FILE
+    if not path.exists() or "keystore" not in read_tables(path):
+        return None
+    return read_config(path).password(name)
 
 
 def _record(folder: Path, site: str, event: str, **facts: Fact) -> None:
     """A line in this site's audit trail; none before the site has the key that signs it. Raises StoreProblem."""
     if (folder / IDENTITY_FILE).exists():
-        signer = SiteSigner(read_identity(folder / IDENTITY_FILE))
+        signer = SiteSigner(_identity(folder))
         opened = {"party": f"site {site}", "software": fedcore.__version__}
         make_folder(folder / STATE_FOLDER)
         with AuditTrail.open(folder / STATE_FOLDER, signer, opened) as trail:

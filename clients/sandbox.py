@@ -71,8 +71,15 @@ def hidden(config: SiteConfig) -> tuple[Path, ...]:
             'write sandbox = "none"',
         )
     kit = config.kit if _needed_below(config, config.kit) is None else config.kit / KEY_FILE
-    found = [config.identity, kit, config.folder]
+    found = [config.identity, kit, config.folder, *_unlocking(config)]
     return tuple(path.resolve() for path in found if path.exists())
+
+
+def _unlocking(config: SiteConfig) -> tuple[Path, ...]:
+    """What opens encrypted keys: the keystore, and the passphrase's file."""
+    section = config.keystore
+    files = (section.file, section.passphrase_file) if section is not None else ()
+    return tuple(path for path in files if path is not None)
 
 
 def _needed_below(config: SiteConfig, folder: Path) -> Path | None:
@@ -166,7 +173,7 @@ def _method(config: SiteConfig, name: str) -> Sandbox:
         confine = (*_each("--fix", _fixed(config)), *_each("--hide", hide))
     else:
         prefix = _user(config, name.removeprefix("user:"))
-    secret = (config.identity, config.kit / KEY_FILE, config.folder)
+    secret = (config.identity, config.kit / KEY_FILE, config.folder, *_unlocking(config))
     looks = (*_each("--probe", secret), *_each("--need", sorted(_needed(config))))
     _probe(name, (*prefix, *_python(CONFINE, *confine, *looks)))
     module = (CONFINE, *confine, WORKER) if confine else (WORKER,)

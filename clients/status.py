@@ -18,7 +18,6 @@ from fedcore_clients.state_files import StateFiles
 from fedcore.cli.console import ago, waiting_text
 from fedcore.errors import BadInput, Refused
 from fedcore.files import read_json, write_atomic
-from fedcore.identity.identities import read_identity
 from fedcore.results import SiteRow
 from fedcore.secagg.protocol.schedule import released_round
 from fedcore.types import Json, SiteId
@@ -97,7 +96,7 @@ def export_model(config: SiteConfig, name: str, out: Path) -> Json:
     task = task.with_settings(job.task_settings)
     cap = job.protect.max_examples
     assert cap is not None
-    split = split_from_json(config.split.of(read_identity(config.identity)))
+    split = split_from_json(config.split.of(config.read_identity()))
     with single_thread():
         site = SiteTrainer.load(task, job, SiteId(config.site), allowed.source, cap, split)
         data = site.exported(state)
