@@ -300,10 +300,12 @@ def roster(asked: typer.Context, config: Config = _HERE, as_json: AsJson = False
     from fedcore_clients.config import read_config
     from fedcore_clients.rosters import approved_roster, newest_roster, roster_json, roster_lines
 
+    from fedcore.identity.kit import PublicKit
+
     if asked.invoked_subcommand is not None:
         return
     site = read_config(config)
-    kit = site.read_kit()
+    kit = PublicKit.load(site.kit)
     current = approved_roster(site, kit)
     found = roster_json(current, newest_roster(site, kit, current))
     _print(as_json, found, roster_lines(found))
@@ -319,8 +321,10 @@ def approve_number(
     from fedcore_clients.config import read_config
     from fedcore_clients.rosters import approve_roster
 
+    from fedcore.identity.kit import PublicKit
+
     site = read_config(config)
-    found = approve_roster(site, site.read_kit(), number)["waiting"]
+    found = approve_roster(site, PublicKit.load(site.kit), number)["waiting"]
     lines = [f"roster {number} approved: {len(found['sites'])} sites", *found["changes"]]
     _print(as_json, found, lines)
 
@@ -427,14 +431,13 @@ def _trail(config: Path) -> TrailPlace:
 
     from fedcore.audit.evidence import TrustedParties
     from fedcore.audit.keys import site_key
-    from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, read_limited
-    from fedcore.identity.peer import peer_of
+    from fedcore.identity.kit import PublicKit
     from fedcore.identity.signed_roster import read_pins
     from fedcore.types import SiteId
 
     found = read_config(config)
-    authority = read_limited(found.kit / AUTHORITY_FILE)
-    federation = peer_of(read_limited(found.kit / CERTIFICATE_FILE)).federation
+    kit = PublicKit.load(found.kit)
+    authority, federation = kit.authority_pem, kit.peer.federation
     pins: dict[SiteId, bytes] = {}
     for path in (found.folder / NEWEST_FILE, found.folder / APPROVED_FILE, found.roster):
         if found.site not in pins and (path.is_file() or path == found.roster):

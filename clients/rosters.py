@@ -21,7 +21,7 @@ from fedcore.audit.trail import Recorder
 from fedcore.errors import BadInput, Refused, RosterRefused, SignatureRefused, with_hint
 from fedcore.files import stamp_of, write_atomic
 from fedcore.files.disk import make_folder, sync_folder
-from fedcore.identity.kit import Kit
+from fedcore.identity.kit import Kit, PublicKit
 from fedcore.identity.roster import PinnedRoster, RosterFile, read_file
 from fedcore.identity.signed_roster import SignedRoster, changes_of
 from fedcore.secagg.plan import default_threshold
@@ -37,7 +37,7 @@ MOST_HELD = 64
 """Offers that wait for the approval of their roster, and jobs whose roster was named."""
 
 
-def _kept(path: Path, kit: Kit, otherwise: PinnedRoster) -> PinnedRoster:
+def _kept(path: Path, kit: Kit | PublicKit, otherwise: PinnedRoster) -> PinnedRoster:
     """The roster of a file where there is one that is newer. Raises what `read_file` raises."""
     if not path.is_file():
         return otherwise
@@ -45,13 +45,13 @@ def _kept(path: Path, kit: Kit, otherwise: PinnedRoster) -> PinnedRoster:
     return found if found.number > otherwise.number else otherwise
 
 
-def approved_roster(config: SiteConfig, kit: Kit) -> PinnedRoster:
+def approved_roster(config: SiteConfig, kit: Kit | PublicKit) -> PinnedRoster:
     """The roster in force. Raises BadInput, SignatureRefused, RosterRefused."""
     placed = read_file(config.roster, kit.authority_pem, kit.peer.federation)
     return _kept(config.folder / APPROVED_FILE, kit, placed)
 
 
-def newest_roster(config: SiteConfig, kit: Kit, approved: PinnedRoster) -> PinnedRoster:
+def newest_roster(config: SiteConfig, kit: Kit | PublicKit, approved: PinnedRoster) -> PinnedRoster:
     """The newest roster seen here. Raises BadInput, SignatureRefused, RosterRefused."""
     return _kept(config.folder / NEWEST_FILE, kit, approved)
 
@@ -239,7 +239,7 @@ def roster_lines(about: Json) -> list[str]:
     return lines
 
 
-def approve_roster(config: SiteConfig, kit: Kit, number: int) -> Json:
+def approve_roster(config: SiteConfig, kit: Kit | PublicKit, number: int) -> Json:
     """Put the roster that waits in force; durable on return. What `roster_json` gave before.
 
     Raises Refused where none waits, BadInput for another number, and what `read_file` raises.

@@ -38,6 +38,33 @@ _LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
+class PublicKit:
+    """A party's certificate and its authority, without the key: enough to verify what the authority signed."""
+
+    peer: Peer
+    authority_pem: bytes
+    certificate_pem: bytes
+
+    @classmethod
+    def load(cls, folder: Path) -> PublicKit:
+        """Those in a folder. Raises BadInput, CertificateRefused, naming the file."""
+        authority, certificate = folder / AUTHORITY_FILE, folder / CERTIFICATE_FILE
+        authority_pem, certificate_pem = read_limited(authority), read_limited(certificate)
+        for path, pem in ((authority, authority_pem), (certificate, certificate_pem)):
+            try:
+                x509.load_pem_x509_certificates(pem)
+            except ValueError:
+                raise BadInput(f"{path}: found no certificate, expected one in PEM form") from None
+        try:
+            peer = peer_of(certificate_pem)
+        except CertificateRefused as refused:
+            raise CertificateRefused(
+                f"{certificate}: {refused}", check=refused.check, remedy=refused.remedy
+            ) from None
+        return cls(peer, authority_pem, certificate_pem)
+
+
+@dataclass(frozen=True)
 class Kit:
     """A party's files as they were when read. peer: the party that the certificate names; key_pem: in clear; password:
     what opens the key's file, where that is encrypted."""
@@ -53,28 +80,16 @@ class Kit:
     @classmethod
     def load(cls, folder: Path, password: SecretBytes | None = None) -> Kit:
         """The kit in a folder. password: of an encrypted key. Raises BadInput, CertificateRefused, naming the file."""
-        authority, certificate = folder / AUTHORITY_FILE, folder / CERTIFICATE_FILE
-        key = folder / KEY_FILE
-        private = read_key(key, password)
-        authority_pem, certificate_pem = read_limited(authority), read_limited(certificate)
-        for path, pem in ((authority, authority_pem), (certificate, certificate_pem)):
-            try:
-                x509.load_pem_x509_certificates(pem)
-            except ValueError:
-                raise BadInput(f"{path}: found no certificate, expected one in PEM form") from None
-        try:
-            peer = peer_of(certificate_pem)
-        except CertificateRefused as refused:
-            raise CertificateRefused(
-                f"{certificate}: {refused}", check=refused.check, remedy=refused.remedy
-            ) from None
-        if read_certificate(certificate_pem).public_key() != private.public_key():
+        certificate, key = folder / CERTIFICATE_FILE, folder / KEY_FILE
+        private, public = read_key(key, password), PublicKit.load(folder)
+        if read_certificate(public.certificate_pem).public_key() != private.public_key():
             raise BadInput(
                 f"{key}: found the key of another certificate, expected that of {certificate}",
                 remedy="a certificate and its key are issued together; copy both files",
             )
         return cls(
-            peer, authority_pem, certificate_pem, key_pem(private), certificate, key, password
+            public.peer, public.authority_pem, public.certificate_pem, key_pem(private),
+            certificate, key, password,
         )  # fmt: skip
 
     def check(self, role: str, now: datetime) -> None:

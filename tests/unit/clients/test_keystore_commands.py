@@ -43,9 +43,9 @@ def public_keys(config):
     return read_key(config.kit / "key.pem").public_key(), read_identity(config.identity).public
 
 
-def command(capsys, *arguments):
+def command(capsys, *arguments, of="keystore"):
     with pytest.raises(SystemExit) as ended:
-        main(["keystore", *arguments])
+        main([of, *arguments])
     return ended.value.code, *capsys.readouterr()
 
 
@@ -76,6 +76,13 @@ def test_the_status_needs_no_passphrase(site, capsys):
     site.file.write_text(site.file.read_text().partition("[keystore]")[0])
     code, out, _ = command(capsys, *at)
     assert code == 0 and "no [keystore] in site.toml" in out
+
+
+def test_the_roster_is_read_without_the_passphrase(site, capsys):
+    encrypt(site)
+    site.keystore.passphrase_file.unlink()
+    code, out, err = command(capsys, "--config", str(site.file), of="roster")
+    assert (code, err) == (0, "") and "3 sites" in out
 
 
 def test_a_site_with_a_key_in_clear_does_not_start_until_it_is_encrypted(site):
