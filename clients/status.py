@@ -158,7 +158,7 @@ def approve(folder: Path, job: str) -> Json:
         raise Refused(
             f"job {job}: found it refused by the policy of this site, expected one that waits: "
             f"{row['refused']}",
-            remedy="an approval does not widen [policy]: change the key in site.toml, start fed-site again",
+            remedy="an approval does not widen the policy: change the key in policy.toml, or in site.toml and restart",
         )
     if row["stage"] == "over":
         raise Refused(
