@@ -345,7 +345,7 @@ def test_the_queue_goes_on_after_a_job_whose_uploads_are_lost(tmp_path):
     patch = """
         from fedcore_server import job_disk
         real, first = job_disk.JobDisk.summands, []
-        job_disk.small_file = lambda what, stored: {}
+        job_disk.small_file = lambda *_: {}
         def removed(self, asked):
             first.append(asked.header.job)
             if asked.header.job == first[0]:

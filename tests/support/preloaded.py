@@ -81,8 +81,13 @@ def answer():
     line, _, received = received.partition(b"\\n")
     return int(line)
 pid = answer()
+def forward(number, _):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:  # it has ended, and its code is on the way
+        pass
 for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
-    _signal.signal(number, lambda number, _: os.kill(pid, number))
+    _signal.signal(number, forward)
 code = answer()
 if code < 0:
     if code != -_signal.SIGKILL:
