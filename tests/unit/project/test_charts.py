@@ -77,7 +77,7 @@ def test_a_pod_fits_the_restricted_profile(role):
 
 
 @pytest.mark.parametrize(
-    ("role", "more"), [("site", {}), ("coordinator", {}), ("coordinator", {"secret": "phrases"})]
+    ("role", "more"), [(role, more) for role in ROLES for more in ({}, {"secret": "phrases"})]
 )
 def test_every_mount_has_its_volume(role, more):
     spec = pod(role, **more)
