@@ -13,16 +13,11 @@ import json
 from pathlib import Path
 
 from fedcore_clients.config import SiteConfig
-from fedcore_clients.private_files import (
-    CLEAR,
-    keystore_section,
-    note,
-    private_files,
-    require_stopped,
-)
+from fedcore_clients.private_files import note, private_files, require_stopped
 
 from fedcore.errors import AlreadyExists, BadInput, EnvelopeRefused
 from fedcore.files.disk import make_folder, sync_folder
+from fedcore.identity.encrypted_files import CLEAR, required
 from fedcore.identity.identities import IDENTITY_FILE
 from fedcore.identity.keystore import Keystore, KeystoreFile, open_keystore
 from fedcore.identity.kit import (
@@ -43,7 +38,7 @@ FORM = "fedcore keystore backup 1"
 def rotate(config: SiteConfig, unlock: str) -> Json:
     """Wrap the data key under a new passphrase; keys and journal are not touched. unlock: where the new passphrase is,
     as in [keystore]. Raises BadInput, Refused."""
-    section = keystore_section(config)
+    section = required(config.keystore, config.file)
     require_stopped(config)
     new = KeystoreSection(unlock=unlock, file=section.file).placed(config.file, "--new")
     store = open_keystore(section, config.party)
@@ -67,7 +62,7 @@ def _places(config: SiteConfig) -> dict[str, Path]:
 
 def back_up(config: SiteConfig, out: Path) -> Json:
     """Write a backup of the site's keys. Raises AlreadyExists, BadInput, also for a key in clear."""
-    section = keystore_section(config)
+    section = required(config.keystore, config.file)
     store = open_keystore(section, config.party)
     for each in private_files(config):
         if each.state == CLEAR:
@@ -90,7 +85,7 @@ def back_up(config: SiteConfig, out: Path) -> Json:
 def restore(config: SiteConfig, path: Path) -> Json:
     """Put the files of a backup in their places. What is there already must be the same. Raises AlreadyExists,
     BadInput, Refused; then nothing was written."""
-    section = keystore_section(config)
+    section = required(config.keystore, config.file)
     require_stopped(config)
     kept, sealed = _read(path)
     store = Keystore.unwrap(

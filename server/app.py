@@ -88,7 +88,7 @@ def connection_limit(descriptors: int, addresses: int) -> tuple[tuple[str, int],
 
 def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
     """Run until SIGTERM or SIGINT. show: called with one line once it listens. Raises FedcoreError."""
-    kit = Kit.load(config.kit)
+    kit = config.read_kit()
     if kit.peer.federation != config.name:
         raise BadInput(
             f"kit: found a certificate of federation {kit.peer.federation!r}, expected {config.name!r}"
@@ -127,7 +127,7 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
 def audit_facts(config: FederationConfig, kit: Kit, roster: PinnedRoster) -> dict[str, Fact]:
     """What the first line of every start states: who, under which certificate, with which files."""
     return {
-        "party": f"coordinator of {config.name}", "certificate": kit.certificate_pem.decode(),
+        "party": config.party, "certificate": kit.certificate_pem.decode(),
         "software": SOFTWARE, "roster": roster.digest, "sites": tuple(roster.sites),
     }  # fmt: skip
 
@@ -135,7 +135,7 @@ def audit_facts(config: FederationConfig, kit: Kit, roster: PinnedRoster) -> dic
 def open_journal(config: FederationConfig, kit: Kit, show: Callable[[str], None]) -> Journal:
     """The coordinator's journal: in its folder, or where `database` is. On a server it may belong to another
     coordinator of this federation: then this one waits as a standby, and `show` says so. Raises FedcoreError."""
-    party = f"coordinator of {config.name}"
+    party = config.party
     if config.database is None:
         return Journal.open(config.folder / "journal.sqlite", party=party)
     from fedcore.store.postgresql import PostgresqlDatabase

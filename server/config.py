@@ -8,6 +8,7 @@ database_file = "database-url"             # in place of it: a file with the URL
 enrol_port = 7444           # where sites join (`fed-coordinator invite`); off without it
 [enrolment]                 host = "hub.example.org"      approval = "automatic"  # or "manual"
 authority = "authority"     passphrase_file = "/run/secrets/authority"      certificate_days = 90
+[keystore]                  unlock = "file:/run/secrets/hub-passphrase"     # kit/key.pem encrypted at rest
 [limits]                    stage_seconds, gather_seconds, minimum_sites, enough_vectors, ...
 
 operator.toml: the coordinator of an operator's commands.
@@ -24,7 +25,9 @@ from pydantic import Field
 
 from fedcore.errors import BadInput
 from fedcore.files.toml import Section, read_toml
-from fedcore.identity.kit import read_private
+from fedcore.identity.keystore import open_keystore
+from fedcore.identity.kit import KEY_FILE, Kit, read_private
+from fedcore.identity.passphrase import KeystoreSection
 from fedcore.identity.preflight import CoordinatorAddress, endpoint
 
 OPERATOR_FILE = "operator.toml"
@@ -98,7 +101,20 @@ class FederationConfig(Section):
     database: str | None = Field(default=None, repr=False)
     database_file: Path | None = None
     enrolment: EnrolmentSection = EnrolmentSection()
+    keystore: KeystoreSection | None = None
     limits: LimitsSection = LimitsSection()
+
+    @property
+    def party(self) -> str:
+        """The party, as its journal and its keystore name it."""
+        return f"coordinator of {self.name}"
+
+    def read_kit(self) -> Kit:
+        """Certificate and key. Raises BadInput, CertificateRefused."""
+        section = self.keystore
+        if section is None:
+            return Kit.load(self.kit)
+        return Kit.load(self.kit, open_keystore(section, self.party).password(KEY_FILE))
 
 
 def read_config(path: Path) -> FederationConfig:
@@ -106,7 +122,9 @@ def read_config(path: Path) -> FederationConfig:
     paths = ("roster", "kit", "folder", "revoked", "database_file")
     found = read_toml(FederationConfig, path, paths=paths)
     placed = found.enrolment.placed(path.resolve().parent)
-    return found.model_copy(update={"enrolment": placed, "database": _database(path, found)})
+    keystore = found.keystore and found.keystore.placed(path, f"{path.name}: keystore.unlock")
+    more = {"enrolment": placed, "keystore": keystore, "database": _database(path, found)}
+    return found.model_copy(update=more)
 
 
 def _database(path: Path, found: FederationConfig) -> str | None:

@@ -30,7 +30,7 @@ from fedcore.files import read_json, write_atomic, write_json
 from fedcore.files.lock import FileLock
 from fedcore.identity.authority import Authority
 from fedcore.identity.join_messages import JoinAnswer, JoinLine, JoinRefused, JoinRequest, read_csr
-from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, Kit, read_limited
+from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, PublicKit, read_limited
 from fedcore.identity.peer import Peer, check_sites, peer_of, read_certificate
 from fedcore.identity.revocation import EMPTY
 from fedcore.identity.signed_roster import SignedRoster, read_pins
@@ -253,7 +253,7 @@ class FederationFiles:
             renewed = []
             for folder in (self.config.kit, self.config.roster.parent / "operator" / "kit"):
                 if (folder / CERTIFICATE_FILE).exists():
-                    kit = Kit.load(folder)
+                    kit = PublicKit.load(folder)
                     pem = authority.renew(kit.certificate_pem, now, hosts=hosts, days=days)
                     write_atomic(folder / CERTIFICATE_FILE, pem)
                     renewed.append(peer_of(pem))

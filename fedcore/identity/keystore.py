@@ -42,7 +42,7 @@ LEAST_N, MOST_N = 1 << 17, 1 << 20
 """Of scrypt's cost n: below, guesses are too cheap; above, opening takes more than 1 GiB of memory."""
 
 SCRYPT_R, SCRYPT_P, SALT_BYTES = 8, 1, 32
-RESTORE = "restore it from a backup of this site: without it the key files cannot be opened"
+RESTORE = "restore it from a backup of this party: without it the key files cannot be opened"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class KeystoreFile:
         if not path.exists():
             raise BadInput(
                 f"{path}: found no such file, expected the keystore that opens the private keys",
-                remedy="`fed-site keystore encrypt` makes it; if keys are encrypted already, restore it from a backup",
+                remedy="`keystore encrypt` makes it; if keys are encrypted already, restore it from a backup",
             )
         return cls.parse(read_private(path), str(path))
 

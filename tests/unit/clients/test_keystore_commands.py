@@ -8,7 +8,6 @@ import time
 
 import pytest
 from fedcore_clients import joining
-from fedcore_clients import private_files as commands
 from fedcore_clients.app import opened, read_papers
 from fedcore_clients.cli import main
 from fedcore_clients.config import read_config
@@ -18,6 +17,7 @@ from support.keystores import PASSPHRASE, cheap_scrypt, new_site, passphrase_fil
 
 from fedcore.audit.trail import TRAIL_FILE
 from fedcore.errors import BadInput, Refused, StoreProblem
+from fedcore.identity import encrypted_files
 from fedcore.identity.identities import read_identity
 from fedcore.identity.join_messages import JoinLine
 from fedcore.identity.kit import read_key
@@ -75,7 +75,7 @@ def test_the_status_needs_no_passphrase(site, capsys):
     assert code == 0 and found["at_rest"] and found["keystore"]["party"] == "site va"
     site.file.write_text(site.file.read_text().partition("[keystore]")[0])
     code, out, _ = command(capsys, *at)
-    assert code == 0 and "no [keystore] in site.toml" in out
+    assert code == 0 and "no [keystore]: private files are in clear" in out
 
 
 def test_the_roster_is_read_without_the_passphrase(site, capsys):
@@ -88,7 +88,7 @@ def test_the_roster_is_read_without_the_passphrase(site, capsys):
 def test_a_site_with_a_key_in_clear_does_not_start_until_it_is_encrypted(site):
     with pytest.raises(BadInput, match=r"keystore\.json: found no such file") as error:
         read_papers(site)
-    assert "fed-site keystore encrypt" in error.value.remedy
+    assert "`keystore encrypt` makes it" in error.value.remedy
     kept = {path: path.read_bytes() for path in (site.identity, site.kit / "key.pem")}
     encrypt(site)
     for path, clear in kept.items():
@@ -96,7 +96,7 @@ def test_a_site_with_a_key_in_clear_does_not_start_until_it_is_encrypted(site):
         path.write_bytes(clear)  # put back by hand
         with pytest.raises(BadInput, match=f"{path.name}: found a key in clear") as error:
             read_papers(site)
-        assert error.value.remedy == "fed-site keystore encrypt"
+        assert "`keystore encrypt` of fed-site" in error.value.remedy
         assert encrypt(site)["encrypted"] == [str(path)]
         read_papers(site)
         assert path.read_bytes() != sealed
@@ -140,7 +140,7 @@ def kill_after(steps):
         return maybe
 
     for name in ("create_keystore", "write_private", "sync_folder"):
-        setattr(commands, name, killing(getattr(commands, name)))
+        setattr(encrypted_files, name, killing(getattr(encrypted_files, name)))
     os.link = killing(os.link)
 
 
@@ -224,7 +224,7 @@ def test_the_journal_is_encrypted_with_the_keys_and_used(site, capsys):
     with opened(site, read_papers(site)) as context:
         assert context.journal.get("job", "epoch") == secret
     found = keystore_status(site)
-    assert found["at_rest"] and found["journal"]["state"] == "encrypted"
+    assert found["at_rest"] and found["files"][-1]["state"] == "encrypted"
     with pytest.raises(StoreProblem, match="found it encrypted, expected it in clear"):
         Journal.open(path, party="site va")
 

@@ -174,7 +174,7 @@ def test_a_key_file_of_the_other_kind_is_named_with_the_way_out(path, tmp_path):
     create_identity(tmp_path / "clear")
     assert read_identity(tmp_path / "sealed", password).public == key.public
     for name, given, what, remedy in (
-        ("clear", password, "found a key in clear", "fed-site keystore encrypt"),
+        ("clear", password, "found a key in clear", "`keystore encrypt` of fed-site"),
         ("sealed", None, "found a key under a passphrase", "[keystore]"),
         ("sealed", other, "that the keystore does not open", "restore both from one backup"),
         ("sealed", SECRET, "that the keystore does not open", "restore both"),
