@@ -121,7 +121,9 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
             config.name, rosters, revoked, lambda: datetime.now(UTC),
             lambda error: LOG.error("%s", error),
         )  # fmt: skip
-        asyncio.run(_serve(config, kit, Coordinator(context, gate), enrolments, show))
+        hub = Coordinator(context, gate)
+        gate.unknown = hub.refresh_roster
+        asyncio.run(_serve(config, kit, hub, enrolments, show))
 
 
 def audit_facts(config: FederationConfig, kit: Kit, roster: PinnedRoster) -> dict[str, Fact]:

@@ -32,6 +32,7 @@ from fedcore.identity.peer import (
     require_time,
 )
 from fedcore.identity.revocation import Revocations
+from fedcore.wire import calls
 from fedcore.wire.refusals import refusal_text
 
 SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
@@ -132,7 +133,8 @@ def listen_sockets(hosts: Sequence[str], port: int) -> list[socket.socket]:
 class Gate:
     """Admission by certificate. roster: the sites' names, read at each call. clock: now, with a zone.
 
-    trouble: called when the list of revoked certificates changed and cannot be read.
+    trouble: called when the list of revoked certificates changed and cannot be read. unknown: called before a site that
+    is not on the roster is refused: it may have been put there just now.
     """
 
     federation: str
@@ -140,12 +142,15 @@ class Gate:
     revocations: Revocations
     clock: Callable[[], datetime]
     trouble: Callable[[BadInput], None]
+    unknown: Callable[[], None] = lambda: None
 
     def admit(self, context: ServicerContext, roles: Collection[str]) -> Peer:
         """The peer of a call that may make it, else CertificateRefused: see `refuse`."""
         peer = peer_of_call(context)
         require_federation(peer, self.federation)
         require_role(peer, roles)
+        if peer.role == calls.SITE and peer.name not in self.roster:
+            self.unknown()
         self.still(peer)
         return peer
 
