@@ -108,7 +108,7 @@ LONGEST = (
     "test_commands.py", "test_keys_end.py", "test_patients.py", "test_hostile_site.py", "test_repository.py",
     "test_load.py", "test_journal_replay.py", "test_run.py", "test_reference_run.py", "test_rounds.py",
     "test_faults.py", "test_journal.py", "test_whole_jobs.py", "test_wire_frames.py", "test_report_browser.py",
-    "test_sandbox.py",
+    "test_sandbox.py", "test_new_federation.py",
 )  # fmt: skip
 """Files that take more than some twenty seconds, the longest first."""
 
