@@ -445,6 +445,28 @@ def test_the_gate_turns_away_and_says_why(run, hub, va, kits, name):
     says(found, check, words)
 
 
+def test_site_put_on_the_roster_just_now_is_admitted(run, hub, va):
+    gate, asked = gate_of(), []
+    gate.roster = {"budapest"}
+
+    def unknown():
+        asked.append(set(gate.roster))
+        if len(asked) == 2:  # the file has it by now
+            gate.roster.add("va")
+
+    gate.unknown = unknown
+
+    async def scene():
+        async with coordinator(hub, gate) as served:
+            await fails(va, served)
+            for _ in range(2):  # the second time it is on the roster already
+                assert await ask(va, served) == b"va"
+            return served.refused
+
+    assert run(scene()) == ["roster"]
+    assert asked == [{"budapest"}] * 2
+
+
 def test_another_federations_coordinator_is_noticed_before_any_call(run, hub, kits):
     lungs = kits(dataclasses.replace(HEART, federation="lungs").issue("site", "va", NOW))
 
