@@ -185,7 +185,25 @@ def test_whoever_dies_meanwhile_the_model_comes(tmp_path, pool, caplog, after, w
 
 def test_a_site_that_lies_is_outvoted_and_named(tmp_path, pool, caplog):
     async def play(found):
+        said = asyncio.Event()  # it is named only if it speaks before enough others have
+
+        def passing(sender, receiver, message):
+            if sender == "a" and isinstance(message, ModelMade):
+                said.set()
+            return message
+
+        def after_it(export):
+            async def run(job, state):
+                await said.wait()
+                return await export(job, state)
+
+            return run
+
+        found.passing = passing
         giving(found, lies="a")
+        for name in "bcd":
+            own = found.sites[name].contributor
+            own.export = after_it(own.export)
         await found.run()
         assert (found.hub.facts.outcome.outcome, found.hub.facts.outcome.text) == ("finished", "")
         await check_given(found)
