@@ -30,7 +30,7 @@ class RowSealer(Secret):
     def __init__(self, key: SecretBytes) -> None:
         """key: 32 bytes."""
         self._key = key.reveal()
-        self.name = derive(self._key, Label.JOURNAL, b"name", length=8).hex()
+        self.name = derive(self._key, Label.JOURNAL_NAME, length=8).hex()
 
     def record(self, content: bytes, job: str, stream: str, kind: str, row: int) -> bytes:
         """Seal a record."""
@@ -57,7 +57,7 @@ class RowSealer(Secret):
         return open_box(self._of(salt), box, _context(place), sender="journal")
 
     def _of(self, salt: bytes) -> bytes:
-        return derive(self._key, Label.JOURNAL, b"row", salt=salt)
+        return derive(self._key, Label.JOURNAL_ROW, salt=salt)
 
 
 def _context(place: tuple[str, ...]) -> bytes:

@@ -43,6 +43,8 @@ class Label(StrEnum):
     KEYSTREAM = "keystream"
     KEY_FILE = "key file"
     JOURNAL = "journal"
+    JOURNAL_NAME = "journal name"
+    JOURNAL_ROW = "journal row"
     BACKUP = "backup"
 
 
