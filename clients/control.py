@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedcore.errors import BadInput, Refused
-from fedcore.files import read_json, stamp_of, write_json
+from fedcore.files import WatchedFile, read_json, write_json
 from fedcore.files.disk import close_to_others, make_folder, refusals, sync_folder
 from fedcore.files.lock import FileLock
 
@@ -109,7 +109,7 @@ class ControlFile:
     """The file as the site's process reads it."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._stamp = folder, tuple[int, ...]()
+        self._folder, self._file = folder, WatchedFile(folder / CONTROL_FILE)
         self.now = Control()
         self.problem = ""
         """Why the file as it is now does not count, in one line: then the site pauses."""
@@ -117,9 +117,8 @@ class ControlFile:
     def refresh(self) -> bool:
         """Read the file if it changed; True if it did. Costs one stat. A file that cannot be read pauses the site: it
         may have said so."""
-        if (stamp := stamp_of(self._folder / CONTROL_FILE)) == self._stamp:
+        if not self._file.changed():
             return False
-        self._stamp = stamp
         try:
             self.now, self.problem = read_control(self._folder), ""
         except BadInput as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedcore_clients.policy import PolicySection, SitePolicy
 
 from fedcore.errors import BadInput
-from fedcore.files import stamp_of
+from fedcore.files import WatchedFile
 from fedcore.files.toml import read_tables, read_toml
 
 LOG = logging.getLogger("fedcore.site.policy")
@@ -32,19 +32,19 @@ class PolicyFile:
 
     def __init__(self, policy: SitePolicy, path: Path | None) -> None:
         """path: None where the rules are in site.toml, which is read at the start only."""
-        self._policy, self._path = policy, path
-        self._stamp = () if path is None else stamp_of(path)
+        self._policy, self._file = policy, WatchedFile(path)
+        self._file.known()
         self.problem = ""
         """Why the file as it is now is not in force, in one line; "" where it is."""
 
     def refresh(self) -> bool:
         """Read the file if it changed; True if other rules are in force since. Costs one stat."""
-        if self._path is None or (stamp := stamp_of(self._path)) == self._stamp:
+        path = self._file.path
+        if path is None or not self._file.changed():
             return False
-        self._stamp = stamp  # before reading: a change while reading is seen next time
         before = self._policy.rules
         try:
-            rules = read_policy(self._path)
+            rules = read_policy(path)
             replace(self._policy, rules=rules)  # checked against the roster
         except BadInput as error:
             self.problem = f"{error}; the rules read before stay in force"
@@ -54,5 +54,5 @@ class PolicyFile:
         if rules == before:
             return False
         changed = [k for k in PolicySection.model_fields if getattr(rules, k) != getattr(before, k)]
-        LOG.warning("policy: %s was read again: %s changed", self._path.name, ", ".join(changed))
+        LOG.warning("policy: %s was read again: %s changed", path.name, ", ".join(changed))
         return True

@@ -19,7 +19,7 @@ from fedcore_clients.policy import SitePolicy
 
 from fedcore.audit.trail import Recorder
 from fedcore.errors import BadInput, Refused, RosterRefused, SignatureRefused, with_hint
-from fedcore.files import stamp_of, write_atomic
+from fedcore.files import WatchedFile, write_atomic
 from fedcore.files.disk import make_folder, sync_folder
 from fedcore.identity.kit import Kit, PublicKit
 from fedcore.identity.roster import PinnedRoster, RosterFile, read_file
@@ -91,7 +91,7 @@ class SiteRosters:
         self.held: dict[str, JobOffer] = {}
         self._named: dict[str, JobRoster] = {}
         """The roster of each job that the coordinator is about to offer."""
-        self._stamp: tuple[int, ...] = ()
+        self._approved = WatchedFile(config.folder / APPROVED_FILE)
 
     @property
     def waits(self) -> bool:
@@ -155,13 +155,12 @@ class SiteRosters:
 
     def refresh(self) -> bool:
         """Read what the operator approved or placed; True if another roster is in force now. Costs two stats."""
-        before, path = self._rosters.current, self._folder / APPROVED_FILE
+        before = self._rosters.current
         try:
             if self._rosters.refresh():  # roster.toml was replaced
                 self._policy.sites = len(self._rosters.current.sites)
-            stamp = stamp_of(path)
-            if stamp != self._stamp:
-                self._stamp = stamp
+            if self._approved.changed():
+                path = self._folder / APPROVED_FILE
                 found = _kept(path, self._kit, self._rosters.current)
                 if found is not self._rosters.current:
                     self._adopt(found, "operator")

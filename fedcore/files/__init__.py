@@ -113,3 +113,24 @@ def stamp_of(path: Path) -> tuple[int, ...]:
     except OSError:
         return (-1,)
     return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+
+
+class WatchedFile:
+    """A file that others may write anew or replace while a process runs."""
+
+    def __init__(self, path: Path | None) -> None:
+        """path: None for one that is not there and never will be. What is in the file now is a change until `known`."""
+        self.path = path
+        self._stamp: tuple[int, ...] = ()
+
+    def known(self) -> None:
+        """The file as it is now is no change: it was read already."""
+        if self.path is not None:
+            self._stamp = stamp_of(self.path)
+
+    def changed(self) -> bool:
+        """Whether the file is another one than at the last call. Costs one stat. Call it before reading: a change while
+        reading is then seen next time."""
+        before = self._stamp
+        self.known()
+        return self._stamp != before

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, FedcoreError
-from fedcore.files import stamp_of
+from fedcore.files import WatchedFile
 from fedcore.identity.peer import Peer, peer_of, read_certificate
 from fedcore.identity.verify import check_certificate
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -110,7 +110,8 @@ class KitFile:
 
     def __init__(self, kit: Kit) -> None:
         self.current = kit
-        self._stamp = stamp_of(kit.certificate_path)
+        self._file = WatchedFile(kit.certificate_path)
+        self._file.known()
 
     def refresh(self) -> bool:
         """Reload the kit if its certificate's file changed; True if it did. Costs one stat.
@@ -118,10 +119,8 @@ class KitFile:
         A kit that cannot be loaded, or is of another party, is logged once and changes nothing.
         """
         before = self.current
-        stamp = stamp_of(before.certificate_path)
-        if stamp == self._stamp:
+        if not self._file.changed():
             return False
-        self._stamp = stamp  # before reading: a change while reading is seen next time
         try:
             found = Kit.load(before.certificate_path.parent, before.password)
             found.check(before.peer.role, datetime.now(UTC))

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from fedcore.errors import BadInput, CertificateRefused
-from fedcore.files import stamp_of
+from fedcore.files import WatchedFile
 from fedcore.identity.kit import read_limited
 from fedcore.identity.peer import Peer
 
@@ -30,21 +30,17 @@ class Revocations:
 
     def __init__(self, path: Path | None = None) -> None:
         """Read the list. Raises BadInput for a missing or malformed file, so that the coordinator does not start."""
-        self._path = path
+        self._file = WatchedFile(path)
         self._revoked: frozenset[str] = frozenset()
-        self._stamp: tuple[int, ...] = ()
         self.refresh()
 
     def refresh(self) -> bool:
         """Reload the file if it changed; True if it did. Costs one stat. Raises BadInput, once for each change of the
         file; the last valid list stays in force."""
-        if self._path is None:
+        path = self._file.path
+        if path is None or not self._file.changed():
             return False
-        stamp = stamp_of(self._path)
-        if stamp == self._stamp:
-            return False
-        self._stamp = stamp  # before reading: a change while reading is seen next time
-        self._revoked = _parse(self._path)
+        self._revoked = _parse(path)
         return True
 
     def check(self, peer: Peer) -> None:

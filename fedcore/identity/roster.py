@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from fedcore.errors import RosterRefused
-from fedcore.files import stamp_of
+from fedcore.files import WatchedFile
 from fedcore.identity.signed_roster import read_pins
 from fedcore.secagg.crypto.identity_key import roster_digest
 from fedcore.secagg.plan import canonical
@@ -95,13 +95,11 @@ class RosterFile(Collection[SiteId]):
         federation: str = "",
     ) -> None:
         self.current = current
-        self._path, self._authority, self._federation = path, authority_pem, federation
-        self._stamp: tuple[int, ...] = ()
+        self._file, self._authority, self._federation = WatchedFile(path), authority_pem, federation
 
     def known(self) -> None:
         """The file as it is now is no change: `current` was chosen with it in mind."""
-        if self._path is not None:
-            self._stamp = stamp_of(self._path)
+        self._file.known()
 
     def refresh(self) -> bool:
         """Reload the file if it changed; True if the roster is another one now. Costs one stat.
@@ -109,14 +107,11 @@ class RosterFile(Collection[SiteId]):
         Raises BadInput, SignatureRefused and RosterRefused, once for each change of the file; the roster stays as it
         was.
         """
-        if self._path is None:
+        path = self._file.path
+        if path is None or not self._file.changed():
             return False
-        stamp = stamp_of(self._path)
-        if stamp == self._stamp:
-            return False
-        self._stamp = stamp  # before reading: a change while reading is seen next time
-        found = read_file(self._path, self._authority, self._federation)
-        found.follows(self.current, str(self._path))
+        found = read_file(path, self._authority, self._federation)
+        found.follows(self.current, str(path))
         if (found.number, found.digest) == (self.current.number, self.current.digest):
             return False
         self.current = found
