@@ -43,7 +43,6 @@ from fedcore_clients.sandbox import choose, logged
 from fedcore_clients.session import ForJobs, Session
 from fedcore_clients.trainer import Loaded, Training
 
-import fedcore
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.lines import Fact
 from fedcore.audit.trail import OWN_FILES as AUDIT_FILES
@@ -65,6 +64,7 @@ from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.types import Json, SiteId
 from fedcore.wire.frames import (
+    SOFTWARE,
     Held,
     Hello,
     JobRoster,
@@ -510,7 +510,7 @@ def audit_facts(config: SiteConfig, papers: Papers) -> dict[str, Fact]:
     """What the first line of every start states: who, under which certificate, with which files."""
     return {
         "party": config.party, "federation": papers.kit.peer.federation,
-        "certificate": papers.kit.peer.fingerprint, "software": fedcore.__version__,
+        "certificate": papers.kit.peer.fingerprint, "software": SOFTWARE,
         "roster": papers.roster.digest, "sites": tuple(papers.roster.sites),
         **policy_facts(config),
     }  # fmt: skip

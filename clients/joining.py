@@ -19,7 +19,6 @@ import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
 from fedcore_clients.config import POLICY_FILE, read_config
 
-import fedcore
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.lines import Fact
 from fedcore.audit.trail import AuditTrail
@@ -45,6 +44,7 @@ from fedcore.identity.verify import check_certificate, fingerprint
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.types import Json
+from fedcore.wire.frames import SOFTWARE
 
 ATTEMPT_FILE, SITE_FILE, KIT_FOLDER, STATE_FOLDER = "joining.json", "site.toml", "kit", "state"
 ANSWER_SECONDS = 30.0
@@ -315,7 +315,7 @@ def _record(folder: Path, site: str, event: str, **facts: Fact) -> None:
     """A line in this site's audit trail; none before the site has the key that signs it. Raises StoreProblem."""
     if (folder / IDENTITY_FILE).exists():
         signer = SiteSigner(_identity(folder))
-        opened = {"party": f"site {site}", "software": fedcore.__version__}
+        opened = {"party": f"site {site}", "software": SOFTWARE}
         make_folder(folder / STATE_FOLDER)
         with AuditTrail.open(folder / STATE_FOLDER, signer, opened) as trail:
             trail.record(event, **facts)

@@ -12,7 +12,6 @@ from pathlib import Path
 from fedcore_clients.config import JOURNAL_FILE, SiteConfig
 from fedcore_clients.status import runs
 
-import fedcore
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.trail import AuditTrail
 from fedcore.errors import Refused
@@ -32,6 +31,7 @@ from fedcore.identity.identities import IDENTITY_FILE
 from fedcore.identity.kit import KEY_FILE
 from fedcore.store.sealing import RowSealer, encrypt_journal, is_sealed
 from fedcore.types import Json
+from fedcore.wire.frames import SOFTWARE
 
 
 def private_files(config: SiteConfig) -> list[PrivateFile]:
@@ -66,7 +66,7 @@ def encrypt(config: SiteConfig) -> Json:
 
 def note(config: SiteConfig, word: str, files: tuple[str, ...]) -> None:
     """Record in this site's audit trail what was done with its private files. Raises BadInput, StoreProblem."""
-    opened = {"party": config.party, "software": fedcore.__version__}
+    opened = {"party": config.party, "software": SOFTWARE}
     with AuditTrail.open(config.folder, SiteSigner(config.read_identity()), opened) as trail:
         trail.record("key", what="private files", word=word, files=files)
 

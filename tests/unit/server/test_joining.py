@@ -39,6 +39,7 @@ from fedcore.identity.peer import peer_of
 from fedcore.identity.signed_roster import SignedRoster, read_pins
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.wire.frames import SOFTWARE
 from tests.support.federations import authority_of, new_federation, now, served
 
 
@@ -349,6 +350,7 @@ def test_joining_and_its_refusals_are_in_both_audit_trails(files, tmp_path):
         each for each in events(tmp_path / "other" / "state") if each[0] != "opened"
     )
     assert (event, here["word"]) == ("refused", "used")
+    assert events(tmp_path / "va" / "state")[0][1]["software"] == SOFTWARE
     token = line.text().rsplit(":", 1)[1]
     for path in tmp_path.rglob("audit.jsonl"):
         assert token not in path.read_text()
