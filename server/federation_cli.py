@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedcore_server.federation import FederationFiles
 
     from fedcore.identity.authority import Authority
+    from fedcore.identity.signed_roster import SignedRoster
 
 Config = Annotated[Path, typer.Option("--config", help="The federation's file.")]
 Passphrase = Annotated[
@@ -133,15 +134,10 @@ def roster(
     as_json: AsJson = False,
 ) -> None:
     """Show the signed roster. Its number, its sites and the fingerprints of their identity keys."""
-    from datetime import UTC, datetime
-
     from fedcore_server.federation_views import roster_json, roster_lines
 
     files = _files(config)
-    if sign:
-        found = files.sign_roster(_authority(files, authority, passphrase_file), datetime.now(UTC))
-    else:
-        found = files.roster()
+    found = _signed(files, authority, passphrase_file) if sign else files.roster()
     if as_json:
         emit(roster_json(found))
         return
@@ -211,8 +207,6 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """Cut a site off. Revokes its certificates and its invitation, and takes it off the roster."""
-    from datetime import UTC, datetime
-
     from fedcore_server.authority_key import authority_folder
 
     files = _files(config)
@@ -223,8 +217,7 @@ def revoke(
         echo(f"site {site!r} is revoked ({some}): a running coordinator cuts it off within seconds")
     number = None
     if authority_folder(files.config, authority) is not None:
-        opened = _authority(files, authority, passphrase_file)
-        number = files.sign_roster(opened, datetime.now(UTC)).number
+        number = _signed(files, authority, passphrase_file).number
     if as_json:
         emit({"site": site, "certificates": count, "roster": number})
     elif number is None:
@@ -318,6 +311,15 @@ def _authority(files: FederationFiles, folder: Path | None, passphrase: Path | N
     secret = find_passphrase(passphrase, config.enrolment.passphrase_file)
     secret = secret or ask_authority_passphrase()
     return open_authority(config, found, secret)
+
+
+def _signed(
+    files: FederationFiles, authority: Path | None, passphrase: Path | None
+) -> SignedRoster:
+    """The roster without the sites that were revoked, signed with the authority's key."""
+    from datetime import UTC, datetime
+
+    return files.sign_roster(_authority(files, authority, passphrase), datetime.now(UTC))
 
 
 def _connected(config: Path) -> tuple[set[str] | None, str]:
