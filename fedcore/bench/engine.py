@@ -7,6 +7,9 @@ of a round are measured by the coordinator, from its announcement to the certifi
 Invariant: the first round of training (which allocates buffers) and rounds without training are not timed.
 Abandoned rounds are counted and not timed. The peak memory is that of whole processes. CPU seconds are the
 cost for each side, independent of the load of the machine.
+
+With `--wan` every site has an emulated link (`fedcore/bench/wan.py`), and the same rounds run on loopback before: what
+the links add to them beside the transfer is given in round trips.
 """
 
 import json
@@ -14,18 +17,29 @@ import os
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from fedcore.bench import document, progress, protection_of, require_at_least, table_page
+from fedcore.bench.wan import Line, Links, links, require_namespaces
 from fedcore.config import build_job, narrowest_policy
 from fedcore.errors import Abandoned, BadInput
 from fedcore.experiment.environment import peak_memory_of
 from fedcore.learning.task import Task
-from fedcore.local_deployment import COORDINATOR, Deployment, Running, running, write
+from fedcore.local_deployment import (
+    COORDINATOR,
+    GATHER_SECONDS,
+    Deployment,
+    Running,
+    running,
+    write,
+)
 from fedcore.secagg.protections import MAX_MASKED_SITES, MIN_SITES, Protection, refuse_unknown
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.purposes import trains
@@ -42,6 +56,9 @@ def _nothing(*_: Any) -> Any:
     """Data, model and loss of a task that is never trained."""
 
 
+MOST_OF_A_LINK = 10_000.0
+"""Of the milliseconds and of the Mbit/s of an emulated link."""
+
 STAND_IN = Task(name="bench", data=_nothing, model=_nothing, loss=_nothing)
 """The task of the job; the sites of this benchmark never load it."""
 
@@ -54,19 +71,50 @@ def run(
     cipher: str = "bfv",
     bits: int = 16,
     per_process: int = 1,
+    wan: bool = False,
+    delay: float = 150.0,
+    mbit: float = 20.0,
 ) -> Json:
-    """Run the rounds and time them. per_process: sites that share one process.
+    """Run the rounds and time them. per_process: sites that share one process. wan: over emulated links; delay: their
+    milliseconds there and back; mbit: their 10^6 bits a second in each direction.
 
     Returns the JSON of kind bench-engine. Raises BadInput, PlanRefused, and Abandoned if no round was
     released.
     """
     _check(sites, rounds, protection, per_process)
+    asked = _Asked(sites, parameters, rounds, protection, cipher, bits, per_process)
+    if not wan:
+        return _measured(asked, None)
+    _check_links(per_process, delay, mbit)
+    require_namespaces()
+    near = _measured(asked, None)
+    names = [SiteId(f"site-{number:03d}") for number in range(sites)]
+    with links(names, Line(delay, mbit)) as found:
+        return _measured(asked, found) | {"loopback": _of_loopback(near)}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is measured: the arguments of `run`."""
+
+    sites: int
+    parameters: int
+    rounds: int
+    protection: str
+    cipher: str
+    bits: int
+    per_process: int
+
+
+def _measured(asked: _Asked, far: Links | None) -> Json:
+    """Run the rounds, on loopback or over these links."""
+    sites, rounds, protection, cipher = asked.sites, asked.rounds, asked.protection, asked.cipher
     names = [SiteId(f"site-{number:03d}") for number in range(sites)]
     task = {"task": "fedcore.bench.engine:STAND_IN", "sha256": STAND_IN.digest()}
     with tempfile.TemporaryDirectory(prefix="fedcore-bench-") as place:
         # With a stated range and no columns every round but the last carries an update.
         job = build_job({
-            "protection": protection, "cipher": cipher, "rounds": rounds, "bits": bits, "range": 0.5,
+            "protection": protection, "cipher": cipher, "rounds": rounds, "bits": asked.bits, "range": 0.5,
             "adaptive_range": False, "max_examples": 16, "resamples": 0,
         })  # fmt: skip
         deployment = write(
@@ -75,11 +123,19 @@ def run(
             {name: {STAND_IN.name: task} for name in names},
             {k: v for k, v in job.to_json().items() if k != "base"} | {"task": task["task"]},
             policy=narrowest_policy(job, sites),
+            limits={"gather_seconds": GATHER_SECONDS},
+            address=None if far is None else far.address,
         )
-        with running(deployment, _commands(deployment, parameters, per_process)) as parties:
-            progress(f"bench engine: {sites} sites, {parameters:,} parameters, {rounds} rounds")
+        commands = _commands(deployment, asked.parameters, asked.per_process)
+        if far is not None:
+            commands |= {name: far.command(name, commands[name]) for name in names}
+        where = "loopback" if far is None else f"{far.line.delay_ms:g} ms, {far.line.mbit:g} Mbit/s"
+        with running(deployment, commands) as parties:
+            progress(
+                f"bench engine: {sites} sites, {asked.parameters:,} parameters, {rounds} rounds, {where}"
+            )
             name = str(parties.ask("submit", str(deployment.job))["job"])
-            rows, wall, cpu = _watch(parties, name, rounds)
+            rows, cycle = _watch(parties, name, rounds, far)
             memory = _memory(parties)
         commit = _commit_ms(Path(place) / "commits")
     timed = [r for r in rows if trains(r["purpose"]) and "abandoned" not in r][1:]
@@ -91,16 +147,40 @@ def run(
         name: round(median(row["seconds_by_stage"].get(name, 0.0) for row in timed), 5)
         for name in timed[-1]["seconds_by_stage"]
     }
-    return document(
-        "engine", sites=sites, parameters=parameters, rounds=rounds, timed_rounds=len(timed),
+    found = document(
+        "engine", sites=sites, parameters=asked.parameters, rounds=rounds, timed_rounds=len(timed),
         abandoned_rounds=sum("abandoned" in row for row in rows),
         least_survivors=min(len(row["survivors"]) for row in timed), protection=protection,
-        cipher=cipher if Protection.of(protection).encrypts else None, bits=bits,
-        sites_per_process=per_process, seconds_per_round={"median": round(median(taken), 4), "p95": p95},
-        seconds_between_certificates=wall, seconds_by_stage=stages,
-        cpu_seconds_per_round=cpu, bytes_up_per_site=timed[-1].get("bytes_up"),
+        cipher=cipher if Protection.of(protection).encrypts else None, bits=asked.bits,
+        sites_per_process=asked.per_process,
+        seconds_per_round={"median": round(median(taken), 4), "p95": p95},
+        seconds_between_certificates=cycle.seconds,
+        seconds_of_cycle={"median": cycle.median, "least": cycle.least}, seconds_by_stage=stages,
+        cpu_seconds_per_round=cycle.cpu, bytes_up_per_site=timed[-1].get("bytes_up"),
         bytes_down_per_site=timed[-1].get("bytes_down"), rss_mb=memory, commit_ms=commit,
     )  # fmt: skip
+    if far is not None:
+        found["wan"] = far.about() | {"bytes_per_round": cycle.carried}
+    return found
+
+
+def _of_loopback(near: Json) -> Json:
+    """What a benchmark over links keeps of the same rounds on loopback."""
+    kept = "seconds_per_round", "seconds_of_cycle", "seconds_by_stage"
+    return {name: near[name] for name in kept}
+
+
+def _check_links(per_process: int, delay: float, mbit: float) -> None:
+    if per_process != 1:
+        raise BadInput(
+            f"--per-process: found {per_process}, expected 1 with --wan: every site has a link of its own"
+        )
+    for flag, value, least in (("--delay", delay, 1.0), ("--mbit", mbit, 0.1)):
+        if not least <= value <= MOST_OF_A_LINK:
+            raise BadInput(
+                f"{flag}: found {value:g}, expected {least:g} to {MOST_OF_A_LINK:g}",
+                remedy="--delay is in milliseconds there and back, --mbit in 10^6 bits a second",
+            )
 
 
 def _check(sites: int, rounds: int, protection: str, per_process: int) -> None:
@@ -130,17 +210,35 @@ def _commands(deployment: Deployment, parameters: int, per_process: int) -> dict
     return found
 
 
-def _watch(
-    parties: Running, job: str, rounds: int
-) -> tuple[list[Json], float | None, dict[str, float] | None]:
-    """Wait for the last round; returns its rows, and the mean time and CPU from one certificate to the next.
+@dataclass(frozen=True)
+class _Cycle:
+    """From one certificate to the next; None of fewer than two rounds. seconds, cpu: means, of each side; median and
+    least are of seconds; carried: mean bytes of the busiest link, both directions."""
+
+    seconds: float | None = None
+    median: float | None = None
+    least: float | None = None
+    cpu: dict[str, float] | None = None
+    carried: int | None = None
+
+
+@dataclass(frozen=True)
+class _End:
+    """What was used and carried when a round was seen to end."""
+
+    at: float
+    cpu: dict[str, float]
+    carried: dict[SiteId, int]
+
+
+def _watch(parties: Running, job: str, rounds: int, far: Links | None) -> tuple[list[Json], _Cycle]:
+    """Wait for the last round; returns its rows, and the means from one certificate to the next.
 
     Reads the coordinator's own file, so that no `watch` process uses the machine.
     """
     path = parties.deployment.state(COORDINATOR) / "jobs" / job / "rounds.jsonl"
     rows: list[Json] = []
-    ends: list[float] = []
-    used: list[dict[str, float]] = []
+    ends: list[_End] = []
     heard = time.monotonic()
     while not rows or trains(rows[-1]["purpose"]):
         parties.check()
@@ -154,16 +252,20 @@ def _watch(
         heard = time.monotonic()
         for row in found[len(rows) :]:
             if trains(row["purpose"]):
-                ends.append(heard)
-                used.append(_cpu(parties))
+                ends.append(_End(heard, _cpu(parties), {} if far is None else far.carried()))
                 if len(ends) % max(1, rounds // 5) == 0:
                     progress(f"round {row['round']}/{rounds}  {row['seconds']:.3f} s")
         rows = found
     if len(ends) < 2:
-        return rows, None, None
-    steps = len(ends) - 1
-    cpu = {who: round((used[-1][who] - used[0][who]) / steps, 4) for who in used[0]}
-    return rows, round((ends[-1] - ends[0]) / steps, 4), cpu
+        return rows, _Cycle()
+    first, last, steps = ends[0], ends[-1], len(ends) - 1
+    cpu = {who: round((last.cpu[who] - first.cpu[who]) / steps, 4) for who in first.cpu}
+    carried = [round((last.carried[site] - first.carried[site]) / steps) for site in first.carried]
+    taken = [after.at - before.at for before, after in pairwise(ends)]
+    return rows, _Cycle(
+        round((last.at - first.at) / steps, 4), round(median(taken), 4), round(min(taken), 4), cpu,
+        max(carried, default=None),
+    )  # fmt: skip
 
 
 def _cpu(parties: Running) -> dict[str, float]:
@@ -240,4 +342,29 @@ def page(found: Json) -> RenderableType:
             f"; CPU seconds a round: coordinator {cpu['coordinator']:.2f}, its fold workers "
             f"{cpu['fold_workers']:.2f}, all sites {cpu['sites']:.2f}"
         )
-    return table_page(head, [row], note)
+    shown = table_page(head, [row], note)
+    return shown if "wan" not in found else Group(_page_of_links(found), Text(), shown)
+
+
+def _page_of_links(found: Json) -> RenderableType:
+    """The rounds over links: from one certificate to the next, compared with the transfer and with loopback."""
+    wan = found["wan"]
+    transfer = wan["bytes_per_round"] * 8 / (wan["mbit"] * 1e6)
+    rows = []
+    for which in ("median", "least"):
+        cycle, near = found["seconds_of_cycle"][which], found["loopback"]["seconds_of_cycle"][which]
+        trips = (cycle - near - transfer) / (wan["delay_ms"] / 1000)
+        rows.append((
+            which, f"{cycle:.3f}", f"{near:.3f}", f"{transfer:.3f}", f"{cycle / transfer:.2f}", f"{trips:.1f}",
+            f"{wan['bytes_per_round'] / 1000:,.0f}",
+        ))  # fmt: skip
+    head = (
+        "", "s a round", "on loopback, s", "transfer, s", "ratio", "round trips", "KB a site",
+    )  # fmt: skip
+    note = (
+        f"each site has a link of {wan['delay_ms']:g} ms there and back and {wan['mbit']:g} Mbit/s each way, made by "
+        f"{wan['emulator']}, TCP with {wan['congestion_control']}; a round is from one certificate to the next; "
+        "transfer: what the busiest link carried, one direction after the other at its rate; round trips: what is "
+        "left of a round without transfer and without its time on loopback, over the delay"
+    )
+    return table_page(head, rows, note)

@@ -96,6 +96,13 @@ def engine(
     cipher: Cipher = "bfv",
     bits: Bits = 16,
     per_process: Annotated[int, typer.Option(help="Sites that share one process.")] = 1,
+    wan: Annotated[
+        bool, typer.Option("--wan", help="Over an emulated link for every site; as root.")
+    ] = False,
+    delay: Annotated[
+        float, typer.Option(help="Of a link: milliseconds there and back, with --wan.")
+    ] = 150.0,
+    mbit: Annotated[float, typer.Option(help="Of a link: Mbit/s each way, with --wan.")] = 20.0,
     as_json: AsJson = False,
 ) -> None:
     """Measure rounds of a deployment without training. Real processes, TLS, journals, masks, keys."""
