@@ -40,6 +40,7 @@ from fedcore_clients.rosters import (
     approved_roster,
 )  # fmt: skip
 from fedcore_clients.sandbox import choose, logged
+from fedcore_clients.second_process import SecondProcesses
 from fedcore_clients.session import ForJobs, Session
 from fedcore_clients.trainer import Loaded, Training
 
@@ -71,6 +72,7 @@ from fedcore.wire.frames import (
     Record,
     Roster,
     RosterSeen,
+    SecondProcess,
     SmallDownload,
     Task,
     TrailReceipt,
@@ -152,6 +154,7 @@ class Site:
         self.policy_file = PolicyFile(context.policy, config.policy_file)
         self.rosters = SiteRosters(config, kit, context.rosters, context.policy, context.audit)
         self.control = ControlFile(context.folder)
+        self.second = SecondProcesses(self._note)
         self.away_text = ""
         """Why this site takes part in nothing now, for its operator."""
         self.session = Session(
@@ -203,6 +206,8 @@ class Site:
                 self.rosters.name(frame)
             case TrailReceipt():
                 self.receipts.take(frame)
+            case SecondProcess():
+                self.second.take(frame)
             case Record():
                 message = unpack_record(frame, TO_SITE, sender="coordinator")
                 if isinstance(message, job.JobOffer):
@@ -301,7 +306,7 @@ class Site:
             "last_error": link.last_error, "jobs": rows, "written": time.time(),
             "roster": self.rosters.to_json(),
             "running": running, "process": os.getpid(), "policy_problem": self.policy_file.problem,
-            "away": self.away_text, "control_problem": self.control.problem,
+            "away": self.away_text, "second": self.second.text, "control_problem": self.control.problem,
         }  # fmt: skip
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -424,7 +429,8 @@ class Site:
 
 
 _REMEDIES = {
-    "replaced": "another process runs as this site: one process to a site, so stop one of them",
+    "cloned": "stop one; if the other is not yours, have the operator revoke this site, and join again with new keys",
+    "replaced": "another process runs as this site, and this one did not answer in time: stop one of them",
     "version": "install the Fedcore of the coordinator here, or have it brought up to this one",
     "roster": "this site was removed from it, or both need the same roster.toml: compare it with the coordinator's",
     "revoked": "ask the operator why; a new certificate has a new serial number",

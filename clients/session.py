@@ -63,7 +63,7 @@ OPTIONS = (
 
 ForJobs = (
     frames.Record | frames.SmallDownload | frames.Waiting | frames.Roster | frames.JobRoster |
-    frames.TrailReceipt
+    frames.TrailReceipt | frames.SecondProcess
 )  # fmt: skip
 """The frames that the session passes on."""
 
@@ -132,6 +132,7 @@ class Session:
         gate: Gate,
     ) -> None:
         self.kit, self._config, self._hello = kit, config, hello
+        self._instance = frames.new_instance()
         self._on_frame, self._on_connected, self._gate = on_frame, on_connected, gate
         self._out: asyncio.Queue[bytes] | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -226,7 +227,8 @@ class Session:
             self._channel = channel
             session = calls.SESSION
             stream: Any = channel.stream_stream(session.path)(wait_for_ready=False)
-            await stream.write(session.takes.pack(self._hello()))
+            hello = replace(self._hello(), instance=self._instance)
+            await stream.write(session.takes.pack(hello))
             async with asyncio.timeout(ANSWER_SECONDS):
                 first = await stream.read()
             if first is grpc.aio.EOF:

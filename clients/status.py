@@ -118,6 +118,8 @@ def status_lines(status: Json) -> Iterator[str]:
         yield f"site {name}: running, not connected to {status['coordinator']} (process {status['process']})"
     if status.get("away"):
         yield status["away"]
+    if status.get("second"):
+        yield status["second"]
     if status.get("control_problem"):
         yield f"control: {status['control_problem']}"
     if status.get("policy_problem"):

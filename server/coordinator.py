@@ -298,6 +298,7 @@ class Coordinator:
                 doing=view.doing if session else "",
                 unable=view.unable or self.sessions.away.get(name, ""),
                 roster=session.roster if session else "",
+                second=self.sessions.seconds.get(name, ""),
             ).to_json()  # fmt: skip
         return out
 

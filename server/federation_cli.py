@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from fedcore.identity.authority import Authority
     from fedcore.identity.signed_roster import SignedRoster
+    from fedcore.results import JobSite
 
 Config = Annotated[Path, typer.Option("--config", help="The federation's file.")]
 Passphrase = Annotated[
@@ -116,12 +117,18 @@ def sites(config: Config = _HERE, as_json: AsJson = False) -> None:
     files = _files(config)
     connected, why = _connected(config)
     rows = sites_rows(files, connected)
+    seconds = {row["site"]: row["second"] for row in rows if row["second"]}
     if as_json:
         emit({"federation": files.config.name, "sites": rows})
         return
     if why:
         say(f"whether they are connected is unknown: {why}")
     page_console().print(sites_table(rows))
+    for site, second in seconds.items():
+        say(
+            f"site {site!r}: {second}; if it is not the institution's, somebody has its keys: fed-coordinator revoke "
+            f"{site}, then invite it again"
+        )
 
 
 def roster(
@@ -322,12 +329,13 @@ def _signed(
     return files.sign_roster(_authority(files, authority, passphrase), datetime.now(UTC))
 
 
-def _connected(config: Path) -> tuple[set[str] | None, str]:
-    """The sites that are connected now; None and the reason where the coordinator cannot be asked."""
+def _connected(config: Path) -> tuple[dict[str, JobSite] | None, str]:
+    """The sites as the running coordinator sees them; None and the reason where it cannot be asked."""
     from fedcore_server.config import OPERATOR_FILE, find_place
     from fedcore_server.operators import Operator
 
     from fedcore.errors import FedcoreError
+    from fedcore.results import JobSite
     from fedcore.wire import calls, frames
 
     place = config.absolute().parent / "operator" / OPERATOR_FILE
@@ -338,4 +346,4 @@ def _connected(config: Path) -> tuple[set[str] | None, str]:
         )
     except FedcoreError as error:
         return None, str(error)
-    return {name for name, site in found["sites"].items() if site["connected"]}, ""
+    return {name: JobSite.from_json(site) for name, site in found["sites"].items()}, ""

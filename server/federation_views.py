@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fedcore_server.federation import Enrolment, FederationFiles
 
 from fedcore.identity.join_messages import key_fingerprint
 from fedcore.identity.signed_roster import SignedRoster
+from fedcore.results import JobSite
 from fedcore.types import Json, SiteId
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def sites_rows(files: FederationFiles, connected: Collection[str] | None) -> list[Json]:
-    """One row a site, of the roster or on its way in. connected: None where it is unknown."""
+def sites_rows(files: FederationFiles, seen: Mapping[str, JobSite] | None) -> list[Json]:
+    """One row a site, of the roster or on its way in. seen: of the running coordinator, None where it is unknown."""
     roster, known = files.roster(), files.enrolments()
     names = dict.fromkeys([*roster.sites, *known])
     rows = []
@@ -26,7 +27,8 @@ def sites_rows(files: FederationFiles, connected: Collection[str] | None) -> lis
         rows.append(
             {
                 "site": name, "state": _state(found), "on_roster": key is not None,
-                "connected": None if connected is None else name in connected,
+                "connected": None if seen is None else name in seen and seen[name].connected,
+                "second": seen[name].second if seen and name in seen else "",
                 "invitation_expires": found.expires if found and found.state == "invited" else None,
                 "certificate_until": peer.ends.isoformat() if peer else None,
                 "identity": key_fingerprint(_key(found, key)) if key or (found and found.request) else None,

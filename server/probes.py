@@ -91,6 +91,7 @@ class Counts:
 
     sessions: int = 0
     refused: int = 0
+    cloned: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
 
@@ -124,6 +125,7 @@ class _Collector:
         for name, text, value in (
             ("fedcore_sessions", "Sessions begun", counts.sessions),
             ("fedcore_refused_calls", "Calls refused by certificate", counts.refused),
+            ("fedcore_cloned_sessions", "Sessions of a second process refused", counts.cloned),
             ("fedcore_received_bytes", "Bytes of vectors taken from sites", counts.bytes_in),
             ("fedcore_sent_bytes", "Bytes of sums and checkpoints sent to sites", counts.bytes_out),
         ):

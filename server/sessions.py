@@ -1,16 +1,19 @@
 """The sites' sessions: which calls are admitted, which sessions are open, and what is queued in them.
 
 Invariant: a call is admitted by its certificate before a frame of it is read, and the certificate of an open
-session is checked again every second; a site has one session, the newest; the queue of a session is bounded.
+session is checked again every second; a site has one session, of one process: that of another process is refused while
+the first one answers; the queue of a session is bounded.
 """
 
 import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from fedcore_server.context import CoordinatorContext
@@ -36,6 +39,10 @@ MOST_FRAMES, MOST_BYTES = 4096, 64 << 20
 FIRST_FRAME_SECONDS = 10.0
 """Timeout of a call without its first frame."""
 
+PROBE_SECONDS = 5.0
+"""How long the process of an open session may take to answer when another one comes as the same site: a ping is
+answered at once, also while the site trains, so that only a dead connection takes longer."""
+
 EVICTED = "evicted"
 """Why a site that an operator evicted is `unable`, and the code of its Goodbye."""
 
@@ -49,10 +56,13 @@ EVICTED_GOODBYE = frames.Goodbye(EVICTED, "an operator sent this site away")
 class SiteSession:
     """One open session: the queue of its frames, and when it began. Times: seconds since 1970.
 
-    over: no more frames are queued; begun: its Hello was accepted; waiting: bytes in the queue.
+    over: no more frames are queued; begun: its Hello was accepted; waiting: bytes in the queue. address: where it came
+    from; instance: of the site's process, random.
     """
 
     peer: Peer
+    address: str = ""
+    instance: bytes = b""
     out: asyncio.Queue[bytes | None] = field(default_factory=lambda: asyncio.Queue(MOST_FRAMES))
     since: float = field(default_factory=time.time)
     last_seen: float = field(default_factory=time.time)
@@ -61,6 +71,8 @@ class SiteSession:
     waiting: int = 0
     roster: str = ""
     """What the site made of the newest roster, in words; empty where it took it."""
+    _probes: dict[int, asyncio.Event] = field(default_factory=dict)
+    """{number of a ping: its pong has come}."""
 
     def put(self, frame: frames.ToSite) -> None:
         """Queue a frame; a full queue ends the session."""
@@ -85,6 +97,33 @@ class SiteSession:
         self.waiting -= len(data or b"")
         return data
 
+    async def answers(self, seconds: float) -> bool:
+        """Whether the process at the other end answers a ping within this time."""
+        if self.over:
+            return False
+        number, heard = secrets.randbits(48), asyncio.Event()
+        self._probes[number] = heard
+        self.put(frames.Ping(number))
+        try:
+            async with asyncio.timeout(seconds):
+                await heard.wait()
+        except TimeoutError:
+            return False
+        finally:
+            del self._probes[number]
+        return not self.over
+
+    def answered(self, number: int) -> None:
+        """A pong has come."""
+        if number in self._probes:
+            self._probes[number].set()
+
+    def gone(self) -> None:
+        """Its call is over: nobody waits for an answer of it any longer."""
+        self.over = True
+        for heard in self._probes.values():
+            heard.set()
+
     def end(self, goodbye: frames.Goodbye | None) -> None:
         """Queue this last frame and no more."""
         if goodbye is not None:
@@ -108,6 +147,9 @@ class Sessions:
         kept = context.journal.get("coordinator", "away")
         self.away: dict[str, str] = json.loads(kept) if kept else {}
         """{site: why it is away, of `frames.AWAY`}, where its operator says so."""
+        self.seconds: dict[SiteId, str] = {}
+        """Where and when a second process came as a site last, in words."""
+        self.probe_seconds = PROBE_SECONDS
         self._refusals = Seldom()
         self._packed: tuple[str, ToSite | None, bytes] = "", None, b""
         """The last job, message and serialised frame: the same message usually goes to all sites."""
@@ -162,6 +204,38 @@ class Sessions:
         if code != before:
             self.context.journal.put("coordinator", "away", json.dumps(self.away).encode())
 
+    async def second(self, name: SiteId, session: SiteSession) -> frames.Goodbye | None:
+        """The refusal of a session where another process of the site has one and answers; else None, and the session
+        may begin before anything else is awaited. A process that reconnects, or whose connection is dead, is let in."""
+        while (before := self.open.get(name)) is not None and before.instance != session.instance:
+            alive = await before.answers(self.probe_seconds)
+            if self.open.get(name) is not before:
+                continue
+            return self._cloned(name, session, before) if alive else None
+        return None
+
+    def _cloned(self, name: SiteId, session: SiteSession, before: SiteSession) -> frames.Goodbye:
+        """Tell everybody that two processes have one identity: operators, the log, the trail, and both processes."""
+        now, since = time.time(), datetime.fromtimestamp(before.since, UTC)
+        text = (
+            f"another process is connected as {name} from {before.address} since "
+            f"{since:%Y-%m-%d %H:%M:%S} UTC"
+        )
+        self.counts.cloned += 1
+        at = f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        self.seconds[name] = f"refused a second process from {session.address} at {at}"
+        LOG.error(
+            "site %s: refused a second process from %s: %s; if only one is the site's, revoke it and have it join "
+            "again with new keys", name, session.address, text,
+        )  # fmt: skip
+        if self._refusals.allows(("cloned", name, session.address)):
+            about = {"certificate": session.peer.fingerprint, "address": session.address}
+            self.note(
+                "refused", call=calls.SESSION.name, word="cloned", site=name, text=text, **about
+            )
+        before.put(frames.SecondProcess(session.address, int(now * 1000)))
+        return frames.Goodbye("cloned", text)
+
     def begin(self, name: SiteId, session: SiteSession) -> None:
         """This is the site's session from now on; an older one ends."""
         before = self.open.get(name)
@@ -171,6 +245,7 @@ class Sessions:
         self.note_away(name, "")
         self.counts.sessions += 1
         about = {"certificate": session.peer.fingerprint, "serial": session.peer.serial}
+        about |= {"address": session.address}
         self.note("connect", site=name, word="begins", **about)
         session.put(welcome(self.context))
 

@@ -138,19 +138,22 @@ class SiteApi:
             )
         return sessions.welcome(self._hub.context)
 
-    async def session(self, peer: Peer, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The serialised frames for one site, until its session ends."""
+    async def session(
+        self, peer: Peer, requests: AsyncIterator[bytes], address: str
+    ) -> AsyncIterator[bytes]:
+        """The serialised frames for one site, until its session ends. address: where it calls from."""
         name = SiteId(peer.name)
         if name in self._sessions.evicted:
             yield calls.SESSION.gives.pack(sessions.EVICTED_GOODBYE)
             return
-        session = SiteSession(peer)
+        session = SiteSession(peer, address)
         self._sessions.last_peers[name] = peer
         reader = asyncio.get_running_loop().create_task(self._read(name, session, requests))
         try:
             while (data := await session.next()) is not None:
                 yield data
         finally:
+            session.gone()
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
@@ -183,7 +186,7 @@ class SiteApi:
                 session.last_seen = time.time()
                 if session.begun:
                     await self._on_frame(name, session, frame)
-                elif self._begin(name, session, frame):
+                elif await self._begin(name, session, frame):
                     session.begun = True
                 else:
                     return
@@ -199,7 +202,7 @@ class SiteApi:
         finally:
             session.end(None)
 
-    def _begin(self, name: SiteId, session: SiteSession, frame: frames.FromSite) -> bool:
+    async def _begin(self, name: SiteId, session: SiteSession, frame: frames.FromSite) -> bool:
         """Whether the first frame begins the session; otherwise it is over."""
         if not isinstance(frame, frames.Hello):
             raise MalformedMessage(
@@ -209,6 +212,11 @@ class SiteApi:
             session.end(
                 frames.Goodbye("roster", "the identity keys pinned here and at the site differ")
             )
+            return False
+        session.instance = frame.instance
+        refused = await self._sessions.second(name, session)
+        if refused is not None:
+            session.end(refused)
             return False
         self._sessions.begin(name, session)
         LOG.info("site %s: connected (%s)", name, frame.software)
@@ -258,8 +266,8 @@ class SiteApi:
                 raise MalformedMessage(
                     "session", found="a second Hello", expected="none", fault=name
                 )
-            case frames.Pong():
-                pass
+            case frames.Pong(number):
+                session.answered(number)
             case frames.RosterSeen(number, word):
                 self._roster_seen(name, session, number, word)
             case _:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn, TypeAlias
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -186,6 +187,12 @@ def peer_of_call(context: ServicerContext) -> Peer:
             remedy="use fed-site, or another client that speaks TLS 1.3",
         )
     return peer
+
+
+def address_of(context: ServicerContext) -> str:
+    """Where a call comes from: an address of IPv4 or IPv6 without its port; of a proxy, where there is one."""
+    found = unquote(context.peer()).partition(":")[2]
+    return printable(found.rpartition(":")[0].strip("[]"), 64)
 
 
 async def refuse(context: ServicerContext, error: PeerRefused) -> NoReturn:

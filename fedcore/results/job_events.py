@@ -36,7 +36,8 @@ class JobWait(JsonRecord):
 @dataclass(frozen=True, kw_only=True)
 class JobSite(JsonRecord):
     """One site in the lists of `jobs` and `watch`. since, last_seen: seconds since 1970; unable: why it takes no
-    part in the job, empty where it does; roster: what the site made of the newest one, empty where it took it."""
+    part in the job, empty where it does; roster: what the site made of the newest one, empty where it took it; second:
+    where and when another process came as this site, and was refused."""
 
     connected: bool = False
     evicted: bool = False
@@ -45,6 +46,7 @@ class JobSite(JsonRecord):
     doing: str = ""
     unable: str = ""
     roster: str = ""
+    second: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ the coordinator: an activity is one of `DOING`, and `Goodbye.text` is a fixed se
 
 import itertools
 import json
+import secrets
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar, cast
 
@@ -30,7 +31,8 @@ GOODBYES = {
     "stopping": True,  # this process ends; it may be restarted
     "busy": True,  # too many connections or calls
     "malformed": True,  # a frame violated a limit of this file
-    "replaced": False,  # a newer session of the same site replaced this one
+    "replaced": False,  # another process of the same site connected, and this one did not answer
+    "cloned": False,  # another process of the same site is connected, and answers
     "version": False,  # the two sides have different wire versions
     "roster": False,  # the identity keys pinned on both sides differ, or the site is not among them
     "revoked": False,  # the certificate was revoked
@@ -84,15 +86,26 @@ class Held:
     round: limits.Number
 
 
+def new_instance() -> bytes:
+    """What a process of a site is told apart from another one by."""
+    return secrets.token_bytes(16)
+
+
 @dataclass(frozen=True)
 class Hello:
-    """The first frame of a site. pins: `roster_digest` of the identity keys it has pinned, hex."""
+    """The first frame of a site. pins: `roster_digest` of the identity keys it has pinned, hex.
+
+    instance: 16 random bytes, of the process: a session with others is that of another process.
+    """
 
     pins: limits.Hex
     tasks: Annotated[tuple[Task, ...], limits.length(0, 64)] = ()
     held: Annotated[tuple[Held, ...], limits.length(0, 64)] = ()
     software: Software = SOFTWARE
     version: Version = WIRE_VERSION
+    instance: Annotated[bytes, limits.length(16, 16)] = field(
+        default_factory=new_instance, repr=False
+    )
 
 
 @dataclass(frozen=True)
@@ -221,6 +234,17 @@ class TrailReceipt:
     own_hash: limits.Digest
     certificate: Annotated[bytes, limits.length(1, 8 * KIB)]
     signature: Annotated[bytes, limits.length(1, 128)] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SecondProcess:
+    """To the running process of a site: another one came with its certificate, and was refused.
+
+    address: where it came from, as the coordinator saw it; time_ms: milliseconds since 1970 UTC.
+    """
+
+    address: limits.Line
+    time_ms: limits.Number
 
 
 @dataclass(frozen=True)
@@ -415,7 +439,7 @@ F = TypeVar("F")
 FromSite = Hello | Record | Doing | Pong | SmallUpload | Goodbye | RosterSeen | TrailHead
 ToSite = (
     Welcome | Record | Ping | UploadReceipt | SmallDownload | Goodbye | Waiting | Roster | JobRoster |
-    TrailReceipt
+    TrailReceipt | SecondProcess
 )  # fmt: skip
 UploadPart = UploadStart | Part
 DownloadPart = DownloadHead | Part
@@ -464,6 +488,7 @@ TO_SITE: Codec[ToSite] = _oneof(
     Roster,
     JobRoster,
     TrailReceipt,
+    SecondProcess,
 )
 UPLOAD: Codec[UploadPart] = _oneof("UploadPart", UploadStart, Part)
 DOWNLOAD: Codec[DownloadPart] = _oneof("DownloadPart", DownloadHead, Part)

@@ -27,7 +27,7 @@ class FromSite(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., doing: _Optional[_Union[Doing, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., upload: _Optional[_Union[SmallUpload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., roster: _Optional[_Union[RosterSeen, _Mapping]] = ..., trail: _Optional[_Union[TrailHead, _Mapping]] = ...) -> None: ...
 
 class ToSite(_message.Message):
-    __slots__ = ("welcome", "record", "ping", "receipt", "download", "goodbye", "waiting", "roster", "job_roster", "confirmed")
+    __slots__ = ("welcome", "record", "ping", "receipt", "download", "goodbye", "waiting", "roster", "job_roster", "confirmed", "second")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class ToSite(_message.Message):
     ROSTER_FIELD_NUMBER: _ClassVar[int]
     JOB_ROSTER_FIELD_NUMBER: _ClassVar[int]
     CONFIRMED_FIELD_NUMBER: _ClassVar[int]
+    SECOND_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     record: Record
     ping: Ping
@@ -48,21 +49,24 @@ class ToSite(_message.Message):
     roster: Roster
     job_roster: JobRoster
     confirmed: TrailReceipt
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., receipt: _Optional[_Union[UploadReceipt, _Mapping]] = ..., download: _Optional[_Union[SmallDownload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., job_roster: _Optional[_Union[JobRoster, _Mapping]] = ..., confirmed: _Optional[_Union[TrailReceipt, _Mapping]] = ...) -> None: ...
+    second: SecondProcess
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., receipt: _Optional[_Union[UploadReceipt, _Mapping]] = ..., download: _Optional[_Union[SmallDownload, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., job_roster: _Optional[_Union[JobRoster, _Mapping]] = ..., confirmed: _Optional[_Union[TrailReceipt, _Mapping]] = ..., second: _Optional[_Union[SecondProcess, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "software", "pins", "tasks", "held")
+    __slots__ = ("version", "software", "pins", "tasks", "held", "instance")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     PINS_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     version: int
     software: str
     pins: str
     tasks: _containers.RepeatedCompositeFieldContainer[Task]
     held: _containers.RepeatedCompositeFieldContainer[Held]
-    def __init__(self, version: _Optional[int] = ..., software: _Optional[str] = ..., pins: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ...) -> None: ...
+    instance: bytes
+    def __init__(self, version: _Optional[int] = ..., software: _Optional[str] = ..., pins: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., instance: _Optional[bytes] = ...) -> None: ...
 
 class Task(_message.Message):
     __slots__ = ("name", "sha256")
@@ -209,6 +213,14 @@ class TrailReceipt(_message.Message):
     certificate: bytes
     signature: bytes
     def __init__(self, number: _Optional[int] = ..., hash: _Optional[bytes] = ..., time_ms: _Optional[int] = ..., own_number: _Optional[int] = ..., own_hash: _Optional[bytes] = ..., certificate: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class SecondProcess(_message.Message):
+    __slots__ = ("address", "time_ms")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    time_ms: int
+    def __init__(self, address: _Optional[str] = ..., time_ms: _Optional[int] = ...) -> None: ...
 
 class UploadStart(_message.Message):
     __slots__ = ("job", "header", "digest", "size", "offset")

@@ -191,6 +191,7 @@ def test_fixed_test_rows_are_not_called_folds():
     [
         ("stopping", ""),
         ("replaced", "replaced: why"),
+        ("cloned", "cloned: why"),
         ("evicted", "evicted: why"),
         ("roster", "roster: why"),
     ],

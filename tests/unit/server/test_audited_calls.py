@@ -94,10 +94,11 @@ def test_call_that_cannot_be_recorded_is_not_made(hub):
 
 def test_session_has_its_certificate(hub):
     async def begin():
-        hub.sessions.begin("a", SiteSession(ANN))
+        hub.sessions.begin("a", SiteSession(ANN, "10.0.0.7"))
 
     asyncio.run(begin())
     about = {"site": "a", "word": "begins", "certificate": "ab" * 32, "serial": "1"}
+    about |= {"address": "10.0.0.7"}
     assert recorded(hub) == [("connect", about)]
 
 

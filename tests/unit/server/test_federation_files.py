@@ -25,6 +25,7 @@ from fedcore.identity.join_messages import JoinRefused
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import peer_of
 from fedcore.identity.revocation import Revocations
+from fedcore.results import JobSite
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
 from tests.support.federations import PASSPHRASE, authority_of, new_federation, now
@@ -343,7 +344,10 @@ def test_the_table_of_sites(files, tmp_path):
     joined(files, "bonn", tmp_path)
     files.revoke("bonn")
     files.sign_roster(authority_of(files), now())
-    rows = {row["site"]: row for row in sites_rows(files, {"va"})}
+    rows = {
+        row["site"]: row
+        for row in sites_rows(files, {"va": JobSite(connected=True), "oslo": JobSite()})
+    }
     assert {name: row["state"] for name, row in rows.items()} == {
         "va": "joined", "oslo": "asked", "basel": "invited", "bonn": "revoked"
     }  # fmt: skip

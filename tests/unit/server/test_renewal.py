@@ -7,31 +7,21 @@ import contextlib
 import ssl
 from datetime import timedelta
 
-import grpc.aio
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from fedcore_clients import joining
 from fedcore_clients.config import read_config
 from fedcore_clients.renewal import Renewal
 from fedcore_clients.session import Session
-from fedcore_server.context import CoordinatorContext
-from fedcore_server.coordinator import Coordinator
-from fedcore_server.enrolment import Enrolments
-from fedcore_server.grpc_service import handlers
-from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 
 from fedcore.errors import BadInput, CertificateRefused, Refused, RosterRefused
 from fedcore.identity.authority import Authority
 from fedcore.identity.join_messages import JoinRefused, check_own, make_csr
 from fedcore.identity.kit import Kit, read_key
 from fedcore.identity.peer import peer_of
-from fedcore.identity.revocation import Revocations
-from fedcore.identity.roster import RosterFile, read_file
-from fedcore.secagg.protocol.job.coordinator.facts import Limits
-from fedcore.store.journal import Journal
-from fedcore.store.spool import Spool
 from fedcore.wire import calls, frames
 from tests.support.federations import authority_of, new_federation, now
+from tests.support.live_sessions import coordinator, joined, until
 
 LATER = timedelta(days=80)
 
@@ -43,35 +33,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def va(files, tmp_path):
-    """The folder of a site that has joined."""
-    folder = tmp_path / "va"
-    files.ask(joining.begin(files.invite("va", 7, now())[0], folder), now())
-    answer = files.answer(files.approve("va", authority_of(files), now()))
-    joining.finish(folder, answer, now(), tasks=[])
-    return folder
-
-
-@contextlib.asynccontextmanager
-async def coordinator(files, clock, folder, *, open_here=True):
-    """A coordinator with no job, at the port of its settings."""
-    kit, config = Kit.load(files.config.kit), files.config
-    enrolments = Enrolments(files, authority_of(files) if open_here else None, clock)
-    with Journal.open(folder / "journal.sqlite", party="hub") as journal:
-        roster = read_file(config.roster, kit.authority_pem, config.name)
-        context = CoordinatorContext(
-            config.name, RosterFile(roster, config.roster, kit.authority_pem, config.name), journal,
-            Spool(folder / "spool"), None, folder, Limits(), certify=enrolments.renew,
-        )  # fmt: skip
-        gate = Gate(config.name, context.rosters, Revocations(config.revoked), now, pytest.fail)
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        hub = Coordinator(context, gate)
-        server.add_generic_rpc_handlers(handlers(hub))
-        bind(server, server_credentials(kit), hosts=["127.0.0.1"], port=config.port)
-        await server.start()
-        try:
-            yield hub
-        finally:
-            await server.stop(0)
+    return joined(files, tmp_path / "va")
 
 
 @contextlib.asynccontextmanager
@@ -90,12 +52,6 @@ async def site(folder, roster, busy=lambda: False, noted=None):
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-
-
-async def until(holds):
-    async with asyncio.timeout(20):
-        while not holds():  # noqa: ASYNC110 - the other end sets no event
-            await asyncio.sleep(0.01)
 
 
 def serial(folder):

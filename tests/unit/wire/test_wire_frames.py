@@ -41,7 +41,7 @@ TEXTS = {
     for word in (*frames.DOING, *frames.GOODBYES, *frames.WHAT, *frames.ROSTER_WORDS)
 }
 NUMBERS = (0, 1, WIRE_VERSION, 50, 100, 127, 128, 1 << 20, 1 << 40, (1 << 53) - 1)
-LENGTHS = (0, 1, 2, 32, 127, 128, 1000)
+LENGTHS = (0, 1, 2, 16, 32, 127, 128, 1000)
 
 
 def values(hint):

@@ -1,0 +1,198 @@
+"""A second process with a site's certificate and keys: a copy of its folder, or what a thief has of it.
+
+Both ends are real: gRPC, TLS, journals and audit trails; the copy is of every file of the running site.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+
+import pytest
+from fedcore_clients.config import read_config
+from fedcore_clients.session import open_channel
+from fedcore_clients.status import status_lines
+from fedcore_server.federation_views import sites_rows
+from fedcore_server.sessions import Sessions
+
+from fedcore.audit.keys import SiteSigner
+from fedcore.audit.trail import AuditTrail
+from fedcore.errors import Refused, StoreProblem
+from fedcore.identity.kit import Kit
+from fedcore.results import JobSite
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.wire import calls, frames
+from tests.support.federations import new_federation, now
+from tests.support.live_sessions import coordinator, joined, recorded, site_process, until
+
+HERE = "127.0.0.1"
+
+
+@pytest.fixture
+def files(tmp_path):
+    return new_federation(tmp_path / "federation")
+
+
+@pytest.fixture
+def va(files, tmp_path):
+    return joined(files, tmp_path / "va")
+
+
+def copied(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+@contextlib.asynccontextmanager
+async def stream(folder, hello):
+    """A session of this folder's site of which the test writes and reads every frame: it answers no ping."""
+    config, kit = read_config(folder / "site.toml"), Kit.load(folder / "kit")
+    channel = open_channel(kit, *config.addresses[0])
+    try:
+        found = channel.stream_stream(calls.SESSION.path)()
+        await found.write(calls.SESSION.takes.pack(hello))
+        yield found
+    finally:
+        await channel.close()
+
+
+async def next_of(found, *kinds):
+    """The next frame of these kinds."""
+    async with asyncio.timeout(20):
+        while True:
+            frame = calls.SESSION.gives.unpack(await found.read(), sender="coordinator")
+            if isinstance(frame, kinds):
+                return frame
+
+
+# ------------------------------------------------------------------------------------------ the attack
+
+
+def test_a_copy_is_refused_while_the_site_runs_and_both_are_told(files, va, tmp_path, caplog):
+    hub_trail = AuditTrail.open(tmp_path / "hub", SiteSigner(IdentityKey()), {})
+
+    async def play():
+        async with (
+            coordinator(files, now, tmp_path, audit=hub_trail) as hub,
+            site_process(va) as (site, running),
+        ):
+            await until(lambda: site.session.since)
+            async with site_process(copied(va, tmp_path / "copy")) as (copy, refused):
+                await until(lambda: copy.session.since or refused.done())
+                with pytest.raises(
+                    Refused, match=f"cloned: another .* as va from {HERE} since"
+                ) as e:
+                    refused.result()
+                assert "revoke this site, and join again with new keys" in e.value.remedy
+            await until(lambda: site.second.text)
+            assert site.session.since and not running.done()
+            assert any(f"from {HERE}" in line for line in status_lines(site.status()))
+            assert hub.sessions.counts.cloned == 1
+            (row,) = sites_rows(
+                files, {n: JobSite.from_json(s) for n, s in hub.sites(None).items()}
+            )
+            assert row["connected"] and f"second process from {HERE}" in row["second"]
+
+    with hub_trail:
+        asyncio.run(play())
+    assert "site va: refused a second process" in caplog.text
+    (at_hub,) = recorded(tmp_path / "hub", "refused")
+    assert (at_hub["word"], at_hub["site"], at_hub["address"]) == ("cloned", "va", HERE)
+    (at_site,) = recorded(va / "state", "refused")
+    assert (at_site["word"], at_site["address"]) == ("cloned", HERE)
+    (at_copy,) = recorded(tmp_path / "copy" / "state", "refused")
+    assert at_copy["word"] == "cloned" and "another process" in at_copy["text"]
+
+
+def test_without_the_rule_a_copy_takes_the_place_of_the_running_site(files, va, tmp_path, without):
+    async def let_in(*_):
+        return None
+
+    without(Sessions, second=let_in)
+
+    async def play():
+        async with coordinator(files, now, tmp_path), site_process(va) as (site, running):
+            await until(lambda: site.session.since)
+            async with site_process(copied(va, tmp_path / "copy")) as (copy, _):
+                await until(lambda: copy.session.since and running.done())
+
+    asyncio.run(play())
+
+
+def test_a_second_process_on_one_folder_is_refused_before_it_connects(va):
+    async def play():
+        async with site_process(va):
+            with pytest.raises(StoreProblem, match=r"found process .* using it"):
+                async with site_process(va):
+                    pass
+
+    asyncio.run(play())
+
+
+# ------------------------------------------------------------------------------------------ honest returns
+
+
+def test_a_site_whose_connection_is_dead_comes_back(files, va, tmp_path):
+    """Its machine lost power: nothing closed the connection, and nothing answers there."""
+
+    async def play():
+        async with coordinator(files, now, tmp_path) as hub:
+            hub.sessions.probe_seconds = 0.05
+            async with stream(va, frames.Hello(hub.context.rosters.current.digest)) as dead:
+                await next_of(dead, frames.Welcome)
+                async with site_process(va) as (site, running):
+                    await until(lambda: site.session.since)
+                    assert (await next_of(dead, frames.Goodbye)).code == "replaced"
+                    assert hub.sessions.counts.cloned == 0 and not running.done()
+
+    asyncio.run(play())
+
+
+def test_a_process_that_reconnects_is_let_in_at_once(files, va, tmp_path):
+    """A connection that broke on one side only: the process is the same, and is not asked for an answer."""
+
+    async def play():
+        async with coordinator(files, now, tmp_path) as hub:
+            hello = frames.Hello(hub.context.rosters.current.digest)
+            async with stream(va, hello) as first, stream(va, hello) as second:
+                assert {type(await next_of(s, frames.Welcome)) for s in (first, second)}
+                await until(lambda: hub.sessions.counts.sessions == 2)
+                assert hub.sessions.counts.cloned == 0
+
+    asyncio.run(play())
+
+
+def test_of_two_that_come_while_a_connection_is_dead_one_is_let_in(files, va, tmp_path):
+    async def play():
+        async with coordinator(files, now, tmp_path) as hub:
+            hub.sessions.probe_seconds = 0.5
+            async with stream(va, frames.Hello(hub.context.rosters.current.digest)) as dead:
+                await next_of(dead, frames.Welcome)
+                async with (
+                    site_process(copied(va, tmp_path / "copy")) as (one, first),
+                    site_process(va) as (two, second),
+                ):
+                    await until(lambda: first.done() or second.done())
+                    await until(lambda: one.session.since or two.session.since)
+                    assert first.done() != second.done()
+                    assert hub.sessions.counts.cloned == 1
+
+    asyncio.run(play())
+
+
+def test_a_site_that_ended_without_a_word_comes_back(files, va, tmp_path):
+    """What the coordinator sees of `kill -9`: the system closes the connection. Then nothing is asked."""
+
+    async def play():
+        async with coordinator(files, now, tmp_path) as hub:
+            hub.sessions.probe_seconds = 1e6
+            async with site_process(va) as (site, running):
+                await until(lambda: site.session.since)
+                site.session.goodbye = lambda *_: asyncio.sleep(0)
+                running.cancel()
+            async with site_process(va) as (site, running):
+                await until(lambda: site.session.since)
+                assert hub.sessions.counts.cloned == 0
+
+    asyncio.run(play())
