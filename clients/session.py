@@ -239,7 +239,7 @@ class Session:
             if self.refused is not None:
                 return
             self._out = out
-            writer = asyncio.get_running_loop().create_task(_write(stream, out))
+            writer = asyncio.get_running_loop().create_task(send_frames(stream, out))
             try:
                 self._on_connected()
                 while (data := await stream.read()) is not grpc.aio.EOF:
@@ -247,7 +247,7 @@ class Session:
                         return
             finally:
                 writer.cancel()
-                with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+                with contextlib.suppress(asyncio.CancelledError):
                     await writer
         finally:
             self._lost()
@@ -463,9 +463,11 @@ class Session:
         return self._channel
 
 
-async def _write(stream: Any, out: asyncio.Queue[bytes]) -> None:
-    while True:
-        await stream.write(await out.get())
+async def send_frames(stream: Any, out: asyncio.Queue[bytes]) -> None:
+    """Sends frames until the stream ends. How it ended is reported where it is read, not here."""
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        while True:
+            await stream.write(await out.get())
 
 
 async def _frames(start: frames.UploadStart, path: Path) -> AsyncIterator[bytes]:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
+from fedcore_clients import session
 from fedcore_clients.app import InstalledTasks
 from fedcore_clients.config import SiteConfig, SplitSection
 from fedcore_server import grpc_service, sessions, site_api
@@ -431,3 +432,32 @@ def test_what_goes_wrong_in_a_call_is_told_without_another_programs_text(error, 
         assert not busy
 
     asyncio.run(play())
+
+
+# ------------------------------------------------------------------------------ a stream that ends
+
+
+def test_a_frame_for_a_stream_that_has_ended_is_no_fault_of_the_site():
+    """A coordinator that is killed ends the stream while a frame waits to be sent on it."""
+
+    async def ends_at_once(_, context):
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+
+    async def main():
+        server = grpc.aio.server()
+        handler = grpc.stream_stream_rpc_method_handler(ends_at_once)
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler("test", {"Session": handler})]
+        )
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stream = channel.stream_stream("/test/Session")()
+            with pytest.raises(grpc.aio.AioRpcError, match="gone"):
+                await stream.read()
+            out = asyncio.Queue()
+            out.put_nowait(b"a frame")
+            await session.send_frames(stream, out)  # returns: the reader has said how it ended
+        await server.stop(None)
+
+    asyncio.run(main())
