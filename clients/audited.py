@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 
 from fedcore.audit.lines import Fact
-from fedcore.audit.round_facts import place
+from fedcore.audit.round_facts import place, release
 from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.site.machine import SiteJob
@@ -28,8 +28,7 @@ def events_of(effect: effects.SiteEffect, found: SiteJob) -> Iterator[Event]:
             where = {} if header is None else place(header)
             yield "sent", {"job": job, **where, **message_facts(message)}
         case effects.EnterRelease(certificate=certificate):
-            about = place(certificate.header) | {"certificate_hash": certificate.hash}
-            yield "released", {"job": job, **about, "survivors": certificate.survivors}
+            yield "released", {"job": job, **release(certificate)}
         case effects.EndJob(ended=ended):
             about = {"outcome": ended.outcome, "text": ended.text}
             yield "ended", {"job": job, "certificate_hash": ended.certificate, **about}

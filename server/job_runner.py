@@ -24,7 +24,7 @@ from fedcore_server.folding import JobSum
 from fedcore_server.job_disk import JobDisk
 from fedcore_server.sessions import Sessions
 
-from fedcore.audit.round_facts import place
+from fedcore.audit.round_facts import release
 from fedcore.config import Job, build_job, plan_of
 from fedcore.errors import FedcoreError, LeaseLost, StoreFull, StoreProblem
 from fedcore.identity.roster import ROSTER_KEY, PinnedRoster
@@ -340,8 +340,7 @@ class JobRunner:
         """Record the release that ended a round, if one did. Raises StoreProblem."""
         if "certificate" in values:
             found = decode(values["certificate"], messages.Certificate)
-            about = {"certificate_hash": found.hash, "survivors": found.survivors}
-            self.context.audit.record("released", job=self.id, **place(found.header), **about)
+            self.context.audit.record("released", job=self.id, **release(found))
 
     def perform(self, effect: CoordinatorJobEffect) -> None:
         """Carry out one effect. Raises what the disk refuses."""
