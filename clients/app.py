@@ -158,7 +158,13 @@ class Site:
         self.away_text = ""
         """Why this site takes part in nothing now, for its operator."""
         self.session = Session(
-            kit, config, self._hello, self._on_frame, self._on_connected, JobGate(self.jobs)
+            kit,
+            config,
+            self._hello,
+            self._on_frame,
+            self._on_connected,
+            JobGate(self.jobs),
+            self._refused,
         )
         self.receipts = Receipts(
             context.audit, context.folder, kit, self.session.ask_receipt, context.clock
@@ -328,9 +334,7 @@ class Site:
                 session.result()
                 refused = self.session.refused
                 assert refused is not None
-                self._note(
-                    "refused", what="this site's session", word=refused.code, text=refused.text
-                )
+                self._refused(refused.code, refused.text)
                 raise Refused(
                     f"coordinator: found this site refused ({refused.code}: {refused.text}), "
                     "expected it welcome",
@@ -410,6 +414,10 @@ class Site:
     def _in_round(self) -> bool:
         return any(found.job.in_round for found in self.jobs.values())
 
+    def _refused(self, word: str, text: str) -> None:
+        """Record that there is no session because one end does not accept the other, and why."""
+        self._note("refused", what="this site's session", word=word, text=text)
+
     def _note(self, event: str, **facts: Fact) -> None:
         """Record what no message relies on; where the disk refuses it, the log has it."""
         try:
@@ -434,6 +442,7 @@ _REMEDIES = {
     "version": "install the Fedcore of the coordinator here, or have it brought up to this one",
     "roster": "this site was removed from it, or both need the same roster.toml: compare it with the coordinator's",
     "revoked": "ask the operator why; a new certificate has a new serial number",
+    "expired": "take a new one (fed-coordinator renew SITE --answer FILE) with fed-site join --answer FILE",
     "evicted": "ask the operator why; `fed-coordinator evict SITE --undo` lets it in again",
 }
 

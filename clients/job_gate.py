@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.leaving import CHECKPOINT, MODEL, OutgoingList
 
+from fedcore.errors import PolicyRefused
 from fedcore.secagg.protocol.job.site.rounds import header_of
 from fedcore.secagg.protocol.job_messages import model_upload
 from fedcore.secagg.protocol.wire_form import type_name
@@ -35,6 +36,11 @@ class JobGate:
         else:
             return False
         return True
+
+    def stopped(self, job: str, message: object, refused: PolicyRefused) -> None:
+        """See `Gate`."""
+        if job in self._jobs:
+            self._jobs[job].kept_here(message, refused)
 
     def _of(self, job: str) -> OutgoingList:
         return self._jobs[job].leaving if job in self._jobs else OutgoingList(None, 0, 0)

@@ -40,7 +40,7 @@ from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.site import events, participation
 from fedcore.secagg.protocol.job.site.machine import JobEnd, Kept, SiteJob
-from fedcore.secagg.protocol.job.site.rounds import NOWHERE
+from fedcore.secagg.protocol.job.site.rounds import NOWHERE, header_of
 from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.messages import survivors_of
 from fedcore.secagg.protocol.moves import Tick
@@ -179,6 +179,13 @@ class JobRunner:
         """A small sum or checkpoint that came inside the session."""
         self.work.inline = {digest: container.from_bytes(data)}
 
+    def kept_here(self, message: object, refused: PolicyRefused) -> None:
+        """A message was not on the list of what may leave: this site leaves the round, and says one word."""
+        header = header_of(self.job.stage)
+        event = self._failed(b"" if header is None else header.digest, refused)
+        if not isinstance(message, job_messages.SiteUnavailable):  # which says that word
+            self.mailbox.put(event)
+
     def policy_changed(self) -> None:
         """Other rules are in force, or the operator said no to this job."""
         rules = self.context.policy.rules
@@ -269,7 +276,15 @@ class JobRunner:
     def _failed(self, header: bytes, error: Exception) -> Event:
         if isinstance(error, StoreProblem | OSError):
             return DiskRefused(error)
-        word = error.word if isinstance(error, PolicyRefused) else ""
+        word = ""
+        if isinstance(error, PolicyRefused):
+            word = error.word
+            try:
+                self.context.audit.record(
+                    "refused", what="to send", job=self.id, word=word, text=str(error)
+                )
+            except StoreProblem as full:
+                return DiskRefused(full)
         problem = participation.problem_of(error)
         if not isinstance(error, FedcoreError | TrainingFailed):
             LOG.error("job %s: a fault of this side", self.id, exc_info=error)

@@ -193,3 +193,7 @@ class Gate(Protocol):
         """Raise PolicyRefused for a file that may not leave; False for one whose round or release is over, which is not
         sent either. header: the 32 bytes it goes under."""
         ...
+
+    def stopped(self, job: str, message: object, refused: PolicyRefused) -> None:
+        """A record was kept here: tell whom it concerns."""
+        ...

@@ -25,6 +25,7 @@ from fedcore_clients.leaving import Gate
 from fedcore.errors import (
     BadInput,
     CertificateRefused,
+    FedcoreError,
     MalformedMessage,
     PeerRefused,
     PolicyRefused,
@@ -38,6 +39,7 @@ from fedcore.store import container
 from fedcore.wire import calls, chunks, frames
 from fedcore.wire.limits import INLINE
 from fedcore.wire.records import TO_COORDINATOR, pack_record
+from fedcore.wire.refusals import told
 
 LOG = logging.getLogger("fedcore.site.session")
 
@@ -120,7 +122,7 @@ class _Presence:
 
 class Session:
     """Runs until cancelled. on_frame: of `ForJobs`; on_connected: after a Welcome; gate: what each record and upload
-    passes."""
+    passes; on_refused: the word and the text of a certificate that one end does not accept, once for each cause."""
 
     def __init__(
         self,
@@ -130,10 +132,12 @@ class Session:
         on_frame: Callable[[ForJobs], None],
         on_connected: Callable[[], None],
         gate: Gate,
+        on_refused: Callable[[str, str], None] = lambda word, text: None,
     ) -> None:
         self.kit, self._config, self._hello = kit, config, hello
         self._instance = frames.new_instance()
         self._on_frame, self._on_connected, self._gate = on_frame, on_connected, gate
+        self._on_refused = on_refused
         self._out: asyncio.Queue[bytes] | None = None
         self._channel: grpc.aio.Channel | None = None
         self._receipts: dict[bytes, asyncio.Future[frames.UploadReceipt]] = {}
@@ -305,24 +309,27 @@ class Session:
 
     async def _explain(self, error: Exception) -> None:
         """Log why a connection failed, if that changed: gRPC gives few reasons, so Python's ssl is tried once."""
-        text = str(error)
+        text, cause = str(error), None
         if isinstance(error, grpc.aio.AioRpcError):
             text = f"{error.code().name.lower()}: {error.details()}"
             if error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.PERMISSION_DENIED}:
-                text = await asyncio.to_thread(self._why, text)
+                cause = await asyncio.to_thread(self._why, error)
+        if cause is not None:
+            text = with_hint(cause) if isinstance(cause, FedcoreError) else str(cause)
         if text != self.last_error:
             LOG.warning("no session with %s: %s", self.coordinator, text)
+            if isinstance(cause, CertificateRefused):
+                self._on_refused(cause.check, str(cause))
         self.last_error = text
 
-    def _why(self, otherwise: str) -> str:
+    def _why(self, error: grpc.aio.AioRpcError) -> Exception | None:
+        """Why there is no connection, or no session in it; None where that is unknown."""
         config, now = self._config, datetime.now(UTC)
         try:
             preflight(self.kit, *self._place, now=now, proxy=config.through)
-        except (CertificateRefused, BadInput) as error:
-            return with_hint(error)
-        except OSError as error:
-            return str(error)
-        return otherwise
+        except (CertificateRefused, BadInput, OSError) as found:
+            return found
+        return told(error.code().name, error.details() or "")
 
     def _put(self, frame: frames.FromSite) -> bool:
         if self._out is None:
@@ -342,6 +349,7 @@ class Session:
             self._gate.record(job, message, len(record.body))
         except PolicyRefused as refused:
             LOG.error("job %s: %s; hint: %s", job, refused, refused.remedy)  # noqa: TRY400 - one line
+            self._gate.stopped(job, message, refused)
             return
         self._put(record)
 

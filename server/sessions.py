@@ -177,6 +177,11 @@ class Sessions:
         if self._refusals.allows((call, str(error))):
             self.note("refused", call=call, word=word, text=printable(str(error), 400), **who)
 
+    def site_refused(self, site: SiteId, what: str, word: str, **facts: Fact) -> None:
+        """Record what a site refused, in the word that it gave: one of the same kind in a minute."""
+        if self._refusals.allows((site, what, word, *facts.items())):
+            self.note("refused", site=site, what=what, why=word, **facts)
+
     def note(self, event: str, **facts: Fact) -> None:
         """Record what no message relies on; where the disk refuses it, the log has it."""
         try:
@@ -256,7 +261,13 @@ class Sessions:
                 self.gate.still(session.peer)
             except CertificateRefused as error:
                 LOG.warning("%s", error)
-                code = "revoked" if error.check == "revoked" else "roster"
+                if session.over:
+                    continue
+                code = error.check if error.check in ("revoked", "expired") else "roster"
+                about = {"certificate": session.peer.fingerprint}
+                self.note(
+                    "refused", call=calls.SESSION.name, word=code, site=session.peer.name, **about
+                )
                 session.end(goodbye(code, error))
             else:
                 if ping is not None:

@@ -23,6 +23,7 @@ from fedcore.errors import (
 )
 from fedcore.identity.peer import Peer
 from fedcore.secagg.protocol.job.coordinator.events import MessageReceived, SiteConnected
+from fedcore.secagg.protocol.job_messages import SiteUnavailable
 from fedcore.store.spool import IncomingUpload, Stored
 from fedcore.types import SiteId
 from fedcore.wire import calls, chunks, frames
@@ -246,6 +247,8 @@ class SiteApi:
                     table = TO_COORDINATOR if grants else FROM_ANY_SITE
                     sites = len(found.facts.sites)
                     message = unpack_record(frame, table, sender=name, sites=sites)
+                    if isinstance(message, SiteUnavailable):
+                        self._sessions.site_refused(name, "job", message.reason, job=found.id)
                     found.put(MessageReceived(name, message))
             case frames.TrailHead():
                 receipts = self._hub.context.receipts
@@ -279,7 +282,7 @@ class SiteApi:
         if session.roster:
             LOG.warning("site %s: roster %s (it has number %d)", name, session.roster, number)
         if word not in frames.ROSTER_TAKEN:
-            self._hub.context.audit.record("refused", site=name, what="roster", why=word)
+            self._sessions.site_refused(name, "roster", word)
         self._hub.changed()
 
 

@@ -36,6 +36,7 @@ GOODBYES = {
     "version": False,  # the two sides have different wire versions
     "roster": False,  # the identity keys pinned on both sides differ, or the site is not among them
     "revoked": False,  # the certificate was revoked
+    "expired": False,  # the certificate's time is over
     "evicted": False,  # an operator evicted the site
     "paused": True,  # the operator of the site paused it
     "left": True,  # the operator of the site left the federation, until further notice

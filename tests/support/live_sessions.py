@@ -47,14 +47,17 @@ async def coordinator(
     *,
     open_here: bool = True,
     audit: Recorder | None = None,
+    kit: Kit | None = None,
 ) -> AsyncIterator[Coordinator]:
-    """A coordinator with no job, at the port of its settings. open_here: whether it can open the authority's key."""
-    kit, config = Kit.load(files.config.kit), files.config
+    """A coordinator with no job, at the port of its settings. open_here: whether it can open the authority's key; kit:
+    another one than the federation's."""
+    config, authority = files.config, files.authority_pem
+    kit = kit or Kit.load(config.kit)
     enrolments = Enrolments(files, authority_of(files) if open_here else None, clock)
     with Journal.open(folder / "journal.sqlite", party="hub") as journal:
-        roster = read_file(config.roster, kit.authority_pem, config.name)
+        roster = read_file(config.roster, authority, config.name)
         context = CoordinatorContext(
-            config.name, RosterFile(roster, config.roster, kit.authority_pem, config.name), journal,
+            config.name, RosterFile(roster, config.roster, authority, config.name), journal,
             Spool(folder / "spool"), None, folder, Limits(), certify=enrolments.renew,
             audit=audit or NoTrail(),
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,19 +18,23 @@ from fedcore_clients.policy import PolicySection
 from fedcore_clients.session import Offline, Session
 from pydantic import ValidationError
 from support.deployed_jobs import certificate, offered, plan_for, submitted
+from support.live_sessions import recorded
 from support.policies import policy_of
 
+from fedcore.audit.keys import SiteSigner
+from fedcore.audit.trail import AuditTrail
 from fedcore.errors import BadInput, PolicyRefused, Refused, UnknownName
 from fedcore.files import write_json
 from fedcore.identity.authority import Authority
 from fedcore.identity.identities import create_identity, write_roster
 from fedcore.learning.task import load_task
+from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.job_messages import model_upload
 from fedcore.secagg.scheme import vector_sizes
 from fedcore.store import container
-from fedcore.wire.records import TO_COORDINATOR
+from fedcore.wire.records import TO_COORDINATOR, unpack_record
 
 MASKED_ONLY = {"Keys", "Shares", "Confirm", "Unmask"}
 
@@ -147,6 +152,23 @@ def test_what_the_plan_does_not_give_is_not_sent(planned, caplog, message, why):
     gate = link._gate
     with pytest.raises(PolicyRefused, match="about to leave"):
         gate.record("job", message, 1 << 19 if why == "its length" else 100)
+
+
+def test_what_was_kept_here_is_recorded_and_the_coordinator_is_told_one_word(
+    planned, monkeypatch, tmp_path
+):
+    found, link = planned
+    found.link = link
+    without = {name: entry for name, entry in TO_COORDINATOR.items() if name != "PlanAgreed"}
+    monkeypatch.setattr(leaving, "TO_COORDINATOR", without)
+    with AuditTrail.open(tmp_path / "trail", SiteSigner(IdentityKey()), {}) as trail:
+        found.context = replace(found.context, audit=trail)
+        link.say("job", job.PlanAgreed("job", "a", "0" * 64))
+        asyncio.run(found.mailbox.turn(found.handle, lambda: None))
+    (kept,) = recorded(tmp_path / "trail", "refused")
+    assert (kept["job"], kept["word"]) == ("job", "policy") and "PlanAgreed" in kept["text"]
+    (told,) = [unpack_record(frame, TO_COORDINATOR, sender="a") for frame in link.sent]
+    assert isinstance(told, job.SiteUnavailable) and told.reason == "policy"
 
 
 def uploaded(link, header, data):

@@ -12,6 +12,7 @@ from fedcore_server.coordinator import Coordinator
 from fedcore_server.operators import wire_settings
 from fedcore_server.operators_api import OperatorsApi
 from fedcore_server.sessions import SiteSession
+from fedcore_server.site_api import SiteApi
 from support.full_disk import no_file_beyond
 
 from fedcore.audit.keys import SiteSigner
@@ -24,9 +25,11 @@ from fedcore.identity.identities import write_roster
 from fedcore.identity.roster import PinnedRoster, RosterFile
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
+from fedcore.secagg.protocol.job_messages import SiteUnavailable
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
 from fedcore.wire import frames
+from fedcore.wire.records import TO_COORDINATOR, pack_record
 
 ANN = SimpleNamespace(name="ann", fingerprint="ab" * 32, serial="1")
 SETTINGS = wire_settings(build_job({"max_examples": 16, "rounds": 2, "batch_size": 8}))
@@ -100,6 +103,20 @@ def test_session_has_its_certificate(hub):
     about = {"site": "a", "word": "begins", "certificate": "ab" * 32, "serial": "1"}
     about |= {"address": "10.0.0.7"}
     assert recorded(hub) == [("connect", about)]
+
+
+def test_what_a_site_refuses_is_recorded_in_its_word(hub):
+    name, api = submit(hub), SiteApi(hub, None)
+    said = SiteUnavailable(name, "a", "policy")
+    frame = pack_record(name, said, TO_COORDINATOR)
+    for _ in range(3):
+        asyncio.run(api._on_frame("a", SiteSession(ANN), frame))
+        asyncio.run(api._on_frame("a", SiteSession(ANN), frames.RosterSeen(2, "older")))
+    seen = [facts for event, facts in recorded(hub) if event == "refused"]
+    assert seen == [
+        {"site": "a", "what": "job", "why": "policy", "job": name},
+        {"site": "a", "what": "roster", "why": "older"},
+    ]
 
 
 def test_refusals_are_recorded_once_a_minute_and_few_in_all(hub):

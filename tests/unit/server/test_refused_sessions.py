@@ -1,0 +1,105 @@
+"""Certificates that do not count (any more): refused in one word, which the trails of both ends have."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+from fedcore_clients import joining
+
+from fedcore.audit.keys import SiteSigner
+from fedcore.audit.trail import AuditTrail
+from fedcore.errors import Refused
+from fedcore.identity.authority import Authority
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from tests.support.federations import authority_of, new_federation, now
+from tests.support.live_sessions import coordinator, joined, recorded, site_process, until
+
+
+@pytest.fixture
+def files(tmp_path):
+    return new_federation(tmp_path / "federation")
+
+
+@pytest.fixture
+def va(files, tmp_path):
+    return joined(files, tmp_path / "va")
+
+
+@pytest.fixture
+def trail(tmp_path):
+    with AuditTrail.open(tmp_path / "hub", SiteSigner(IdentityKey()), {}) as found:
+        yield found
+
+
+def words(folder):
+    return [facts["word"] for facts in recorded(folder, "refused")]
+
+
+@pytest.mark.parametrize("word", ["expired", "revoked"])
+def test_a_session_ends_with_the_word_of_its_certificate(files, va, tmp_path, trail, word):
+    clock = [now()]
+
+    async def play():
+        async with (
+            coordinator(files, lambda: clock[0], tmp_path, audit=trail) as hub,
+            site_process(va) as (site, running),
+        ):
+            await until(lambda: site.session.since)
+            hub.sessions.check(None)
+            assert not running.done(), "control: the certificate counts"
+            if word == "expired":
+                clock[0] += timedelta(days=91)
+            else:
+                files.revoke("va")
+            for _ in range(2):  # one line, however often it is looked at
+                hub.sessions.check(None)
+            await asyncio.wait([running])
+            with pytest.raises(Refused, match=rf"\({word}: ") as caught:
+                running.result()
+            assert caught.value.remedy
+
+    asyncio.run(play())
+    assert words(va / "state") == [word]
+    assert words(tmp_path / "hub") == [word]
+    (line,) = recorded(tmp_path / "hub", "refused")
+    assert line["site"] == "va"
+
+
+def test_a_site_that_starts_with_a_revoked_certificate_is_told_so(files, va, tmp_path, trail):
+    files.revoke("va")
+
+    async def play():
+        async with (
+            coordinator(files, now, tmp_path, audit=trail),
+            site_process(va) as (site, running),
+        ):
+            await until(lambda: "withdrawn" in site.session.last_error)
+            assert site.session.since is None and not running.done()
+
+    asyncio.run(play())
+    assert words(va / "state") == ["revoked"]
+    assert words(tmp_path / "hub") == ["revoked"]
+
+
+def test_a_coordinator_of_another_authority_is_named_in_the_trail(files, va, tmp_path):
+    """It answers at the address; nothing but a handshake is sent to it."""
+    impostor = Authority.create("heart", now())
+    kit = impostor.issue("coordinator", "hub", now(), hosts=["localhost"]).save(tmp_path / "kit")
+
+    async def play():
+        async with coordinator(files, now, tmp_path, kit=kit), site_process(va) as (site, _):
+            await until(lambda: recorded(va / "state", "refused"))
+            assert site.session.since is None
+
+    asyncio.run(play())
+    assert words(va / "state") == ["issuer"]
+
+
+def test_a_renewed_certificate_is_taken_after_the_old_one_has_expired(files, va):
+    """`fed-site join --answer`, as the hint says."""
+    answer = files.renew("va", None, authority_of(files), now() + timedelta(days=91))
+    assert joining.renewed(va, answer, now() + timedelta(days=91)).until > now() + timedelta(
+        days=170
+    )
