@@ -215,7 +215,7 @@ def _allowed(task: Task, name: str, section: TaskSection) -> str:
             f"{section.sha256}",
             remedy=f'read the task again; if it is meant, write sha256 = "{digest}"',
         )
-    return f"{section.task}: sha256 {digest} over {task.covers()}"
+    return f"{name}, from {section.task}: sha256 {digest} over {task.covers()}"
 
 
 def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:

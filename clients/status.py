@@ -31,11 +31,16 @@ def read_status(folder: Path) -> Json:
     path = folder / STATUS_FILE
     if not path.is_file():
         raise BadInput(
-            f"status: found no {path}, expected one: this site's process never ran here",
+            f"status: found no {path}, expected one: this site has not run yet",
             remedy="start it: fed-site run --config site.toml",
         )
     found = read_json(path)
     return found | {"running": _lives(found)}
+
+
+def read_jobs(folder: Path) -> list[Json]:
+    """The jobs of the last status; none where this site's process never ran."""
+    return read_status(folder)["jobs"] if (folder / STATUS_FILE).is_file() else []
 
 
 def runs(folder: Path) -> bool:
@@ -134,11 +139,11 @@ def status_lines(status: Json) -> Iterator[str]:
         yield from _job_lines(job, now)
 
 
-def jobs_lines(status: Json) -> Iterator[str]:
+def jobs_lines(jobs: list[Json]) -> Iterator[str]:
     """Every job that this site was offered, the oldest first, in words."""
-    if not status["jobs"]:
-        yield "no jobs yet"
-    for row in status["jobs"]:
+    if not jobs:
+        yield "no jobs yet: a running site (fed-site run) is offered them by the coordinator"
+    for row in jobs:
         asked = f"task {row['task']}, {row['protection'] or 'no plan fits'}, {row['rounds']} rounds"
         yield f"job {row['job']}: {_where(row)} ({asked})"
         if row["refused"]:
@@ -153,7 +158,7 @@ def approve(folder: Path, job: str) -> Json:
     Raises UnknownName or BadInput for an id that this site was not offered, Refused for a job that is
     over or that the policy refuses, StoreProblem.
     """
-    rows = {row["job"]: row for row in read_status(folder)["jobs"]}
+    rows = {row["job"]: row for row in read_jobs(folder)}
     require_job(job, rows, "`fed-site jobs` lists the jobs that this site was offered")
     row: Json = rows[job]
     if row["refused"]:
@@ -173,14 +178,12 @@ def approve(folder: Path, job: str) -> Json:
 
 def under_way(folder: Path) -> list[str]:
     """The jobs of a site that are not over, by its last status; none where its process never ran."""
-    path = folder / STATUS_FILE
-    rows = read_json(path)["jobs"] if path.is_file() else []
-    return [row["job"] for row in rows if row["stage"] != "over"]
+    return [row["job"] for row in read_jobs(folder) if row["stage"] != "over"]
 
 
 def veto_job(folder: Path, job: str) -> Json:
     """Say no to a job that this site was offered; its row of the status. Raises as `approve`."""
-    rows = {row["job"]: row for row in read_status(folder)["jobs"]}
+    rows = {row["job"]: row for row in read_jobs(folder)}
     require_job(job, rows, "`fed-site jobs` lists the jobs that this site was offered")
     row: Json = rows[job]
     if row["stage"] == "over":

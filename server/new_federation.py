@@ -86,14 +86,19 @@ def create(
     port: int,
     enrol_port: int,
     approval: str,
+    metrics_port: int | None = None,
 ) -> NewFederation:
     """Make the folder. hosts: DNS names and addresses by which sites reach the coordinator, the first one for join
-    lines. Raises AlreadyExists, BadInput."""
+    lines; metrics_port: of the counters, None for none. Raises AlreadyExists, BadInput."""
     for host in hosts:
         host_name(host)
     authority_of(hosts[0], port)
     if port == enrol_port:
         raise BadInput(f"--enrol-port: found {port}, the port of the sites, expected another one")
+    if metrics_port in (port, enrol_port):
+        raise BadInput(
+            f"--metrics-port: found {metrics_port}, a port of the sites, expected another one"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AlreadyExists(
             f"{folder}: found something there already, expected a new or an empty folder",
@@ -103,7 +108,8 @@ def create(
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         beside.mkdir(mode=0o700, parents=True)
-        made = _write(name, beside, tuple(hosts), passphrase, now, port, enrol_port, approval)
+        ports = port, enrol_port, metrics_port
+        made = _write(name, beside, tuple(hosts), passphrase, now, ports, approval)
         beside.replace(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -116,10 +122,10 @@ def _write(
     hosts: tuple[str, ...],
     passphrase: SecretBytes,
     now: datetime,
-    port: int,
-    enrol_port: int,
+    ports: tuple[int, int, int | None],
     approval: str,
 ) -> tuple[str, Peer, Peer]:
+    port, enrol_port, metrics_port = ports
     authority = Authority.create(name, now)
     authority.save(folder / "authority", passphrase)
     together = tuple(dict.fromkeys((*hosts, *LOOPBACK)))
@@ -135,6 +141,7 @@ def _write(
     write_atomic(folder / REVOKED_FILE, EMPTY)
     text = _SETTINGS.format(
         name=name, host=hosts[0], port=port, enrol_port=enrol_port, approval=approval,
+        metrics="" if metrics_port is None else _METRICS.format(metrics_port),
         listen=f'listen = ["{hosts[0]}"]' if set(hosts) <= {*LOOPBACK[1:]} else 'listen = ["::"]',
     )  # fmt: skip
     write_atomic(folder / FEDERATION_FILE, text.encode())
@@ -142,6 +149,8 @@ def _write(
     write_atomic(folder / "operator" / OPERATOR_FILE, place.encode())
     return authority.fingerprint, peers[0], peers[1]
 
+
+_METRICS = "metrics_port = {}          # counters for Prometheus, on 127.0.0.1 only\n"
 
 _SETTINGS = """\
 # The coordinator of a federation; docs/operations.md has every key. Paths count from this file's folder.
@@ -153,7 +162,7 @@ folder = "state"             # journal and spool
 {listen}
 port = {port}                  # sites and operators, with certificates
 enrol_port = {enrol_port}            # sites that join, without certificates yet
-
+{metrics}
 [enrolment]
 host = "{host}"              # by which sites reach this machine; stands in join lines
 approval = "{approval}"      # "automatic": a valid join line is enough; "manual": `fed-coordinator approve SITE`

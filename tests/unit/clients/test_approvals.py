@@ -149,7 +149,7 @@ def test_jobs_and_status_show_every_state(tmp_path):
         row("j4", approval="not needed", stage="over", outcome="finished"),
     )  # fmt: skip
     status = written(tmp_path, *rows)
-    text = "\n".join(jobs_lines(status))
+    text = "\n".join(jobs_lines(status["jobs"]))
     assert (
         "job j1: waiting for approval: fed-site approve j1 (task heart, layered, 20 rounds)" in text
     )
