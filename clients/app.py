@@ -35,6 +35,7 @@ from fedcore_clients.rosters import (
     APPROVED,
     APPROVED_FILE,
     NEWEST_FILE,
+    ROSTERS_FOLDER,
     WAITING,
     SiteRosters,
     approved_roster,
@@ -86,7 +87,7 @@ STATUS_FILE, RECIPE_FILE = "status.json", "job.json"
 
 OWN_FILES = (
     "journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FILE, STATUS_FILE, AUDIT_FILES,
-    CONTROL_FILE, LOCK_FILE, NEWEST_FILE, APPROVED_FILE,
+    CONTROL_FILE, LOCK_FILE, NEWEST_FILE, APPROVED_FILE, ROSTERS_FOLDER,
 )  # fmt: skip
 """What this process keeps in its folder, for its user alone."""
 

@@ -194,10 +194,10 @@ def status(config: Config = _HERE, as_json: AsJson = False) -> None:
 def list_jobs(config: Config = _HERE, as_json: AsJson = False) -> None:
     """List the jobs this site was offered. State, task, protection, what it waits for, why it was refused."""
     from fedcore_clients.config import read_config
-    from fedcore_clients.status import jobs_lines, read_status
+    from fedcore_clients.status import jobs_lines, read_jobs
 
-    found = read_status(read_config(config).folder)
-    _print(as_json, {"jobs": found["jobs"]}, jobs_lines(found))
+    found = read_jobs(read_config(config).folder)
+    _print(as_json, {"jobs": found}, jobs_lines(found))
 
 
 @app.command()
@@ -427,12 +427,12 @@ def model(
 
 def _trail(config: Path) -> TrailPlace:
     from fedcore_clients.config import read_config
-    from fedcore_clients.rosters import APPROVED_FILE, NEWEST_FILE
+    from fedcore_clients.rosters import APPROVED_FILE, NEWEST_FILE, ROSTERS_FOLDER
 
     from fedcore.audit.evidence import TrustedParties
     from fedcore.audit.keys import site_key
     from fedcore.identity.kit import PublicKit
-    from fedcore.identity.signed_roster import read_pins
+    from fedcore.identity.signed_roster import kept_pins, read_pins
     from fedcore.types import SiteId
 
     found = read_config(config)
@@ -445,9 +445,10 @@ def _trail(config: Path) -> TrailPlace:
     pinned = pins.get(SiteId(found.site))
     if pinned is None:
         raise BadInput(f"roster: found no site {found.site!r} on it, expected its identity key")
+    earlier = kept_pins(found.folder / ROSTERS_FOLDER, authority, federation)
     return TrailPlace(
         found.folder, f"site {found.site}", lambda _: {site_key(pinned)},
-        TrustedParties(federation, authority, pins, found.site),
+        TrustedParties(federation, authority, [*pins.items(), *earlier], found.site),
     )  # fmt: skip
 
 

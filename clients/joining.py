@@ -127,6 +127,8 @@ def ask(line: JoinLine, folder: Path, proxy: str, now: datetime) -> JoinAnswer |
                 return _exchange(secured, line, folder, where, now)
         except (JoinRefused, CertificateRefused) as refused:
             word = refused.word if isinstance(refused, JoinRefused) else "not trusted"
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _identity(folder)  # it signs the trail; a later attempt uses it
             _record(folder, line.site, "refused", what="to join", word=word, text=str(refused))
             raise
         except (ssl.SSLError, ConnectionError, TimeoutError) as error:

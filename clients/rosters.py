@@ -23,7 +23,7 @@ from fedcore.files import WatchedFile, write_atomic
 from fedcore.files.disk import make_folder, sync_folder
 from fedcore.identity.kit import Kit, PublicKit
 from fedcore.identity.roster import PinnedRoster, RosterFile, read_file
-from fedcore.identity.signed_roster import SignedRoster, changes_of
+from fedcore.identity.signed_roster import SignedRoster, changes_of, keep_roster
 from fedcore.secagg.plan import default_threshold
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.types import Json
@@ -32,6 +32,8 @@ from fedcore.wire.frames import JobRoster, RosterSeen
 LOG = logging.getLogger("fedcore.site.roster")
 
 NEWEST_FILE, APPROVED_FILE = "roster-newest.toml", "roster-approved.toml"
+ROSTERS_FOLDER = "rosters"
+"""Every roster that this site has seen."""
 WAITING, APPROVED = "waiting", "approved"
 MOST_HELD = 64
 """Offers that wait for the approval of their roster, and jobs whose roster was named."""
@@ -115,6 +117,8 @@ class SiteRosters:
             return self._refuse("differs" if same else "older", error)
         self.problem = ""
         if found.number > self.newest.number:
+            for each in (self._rosters.current, found):
+                self._keep(each)
             _write(self._folder / NEWEST_FILE, found)
             self.newest = found
             changes = changes_of(found.sites, self._rosters.current.sites)
@@ -128,6 +132,10 @@ class SiteRosters:
                 found.number,
             )  # fmt: skip
         return self.answer()
+
+    def _keep(self, roster: PinnedRoster) -> None:
+        if roster.document:
+            keep_roster(self._folder / ROSTERS_FOLDER, SignedRoster.parse(roster.document))
 
     def _seen(self, word: str) -> RosterSeen:
         return RosterSeen(self._rosters.current.number, word)

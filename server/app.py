@@ -9,14 +9,16 @@ import contextlib
 import logging
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 
 import grpc.aio
+from fedcore_server.authority_key import find_authority
 from fedcore_server.config import FederationConfig, LimitsSection
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.enrolment import Enrolments, enrolling, open_enrolments
+from fedcore_server.federation import FederationFiles
 from fedcore_server.folding import FoldPool
 from fedcore_server.grpc_service import handlers
 from fedcore_server.probes import ADDRESS, Probes, serve_metrics
@@ -27,7 +29,7 @@ from fedcore.audit.keys import CoordinatorSigner
 from fedcore.audit.lines import Fact
 from fedcore.audit.trail import OWN_FILES as AUDIT_FILES
 from fedcore.audit.trail import AuditTrail
-from fedcore.errors import BadInput, LeaseLost, StoreProblem
+from fedcore.errors import BadInput, FedcoreError, LeaseLost, StoreProblem
 from fedcore.files.disk import close_to_others, make_folder, refusals
 from fedcore.files.lock import FileLock
 from fedcore.identity.kit import Kit
@@ -44,6 +46,9 @@ LOG = logging.getLogger("fedcore.coordinator")
 
 GRACE_SECONDS = 5.0
 """Timeout of open calls after a signal."""
+
+COMMANDS_SECONDS = 1.0
+"""How often the commands of operators are looked for: one stat."""
 
 OWN_FILES = ("journal.sqlite*", "coordinator.lock", "spool", "jobs", AUDIT_FILES)
 """Files of this process in its folder, readable for its user only."""
@@ -100,13 +105,15 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
     limits = config.limits
     close_to_others(config.folder, OWN_FILES)
     signer = CoordinatorSigner(kit)
+    # Before the fold processes: they must not inherit the passphrase in the environment.
+    authority = find_authority(config) if config.enrol_port is not None else None
     with (
         _folder_lock(config),
         open_journal(config, kit, show) as journal,
         AuditTrail.open(config.folder, signer, audit_facts(config, kit, rosters.current)) as audit,
         FoldPool(limits.fold_workers, config.folder / "spool" / ".sums") as pool,
     ):
-        enrolments = open_enrolments(config, audit)
+        enrolments = open_enrolments(config, authority, audit)
         context = CoordinatorContext(
             config.name, rosters, journal, Spool(config.folder / "spool", limits.spool_bytes), pool,
             config.folder,
@@ -201,9 +208,31 @@ async def _serve(
             LOG.info("metrics on http://%s:%d/metrics", ADDRESS, metrics)
         await server.start()
         await probes.begin()
-        async with enrolling(config, kit, enrolments):
+        async with enrolling(config, kit, enrolments), recording_commands(config, hub):
             show(f"coordinator of {config.name}: listening on {', '.join(addresses)} (port {port})")
             await _until_signal(hub, probes, server)
+
+
+@contextlib.asynccontextmanager
+async def recording_commands(config: FederationConfig, hub: Coordinator) -> AsyncIterator[None]:
+    """Record, while inside, what operators' commands do to the federation's files, at the start and within a second."""
+    files = FederationFiles(config)
+
+    async def follow() -> None:
+        while True:
+            try:
+                await asyncio.to_thread(files.take_notes, hub.context.audit.record)
+            except (FedcoreError, OSError) as error:
+                LOG.warning("commands of operators: not recorded: %s", error)
+            await asyncio.sleep(COMMANDS_SECONDS)
+
+    following = asyncio.get_running_loop().create_task(follow())
+    try:
+        yield
+    finally:
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following
 
 
 async def _lease_lost(journal: Journal) -> None:

@@ -22,9 +22,10 @@ PASSPHRASE_VARIABLE = "FEDCORE_AUTHORITY_PASSPHRASE"  # noqa: S105 - a variable'
 
 
 def find_passphrase(file: Path | None, *others: Path | None) -> SecretBytes | None:
-    """From this file, else from the environment, else from the first of the other files; None without any. Raises
-    BadInput for a file that others on this machine can read, or an empty one."""
-    found = os.environ.get(PASSPHRASE_VARIABLE)
+    """From this file, else from the environment, else from the first of the other files; None without any. It is
+    removed from the environment, which the processes that this one starts inherit. Raises BadInput for a file that
+    others on this machine can read, or an empty one."""
+    found = os.environ.pop(PASSPHRASE_VARIABLE, None)
     path = file or (
         next((each for each in others if each is not None), None) if not found else None
     )

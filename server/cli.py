@@ -236,19 +236,22 @@ def result(
 
 def _trail(config: Path) -> TrailPlace:
     from fedcore_server.config import read_config
+    from fedcore_server.federation import ENROLMENT_FOLDER, ROSTERS_FOLDER
 
     from fedcore.audit.coordinator_keys import coordinator_keys
     from fedcore.audit.evidence import COORDINATOR, TrustedParties
     from fedcore.identity.kit import AUTHORITY_FILE, read_limited
-    from fedcore.identity.signed_roster import read_pins
+    from fedcore.identity.signed_roster import kept_pins, read_pins
 
     found = read_config(config)
     authority = read_limited(found.kit / AUTHORITY_FILE)
     pins, _ = read_pins(found.roster, authority, found.name)
+    rosters = found.roster.parent / ENROLMENT_FOLDER / ROSTERS_FOLDER
+    earlier = kept_pins(rosters, authority, found.name)
     return TrailPlace(
         found.folder, f"coordinator of {found.name}",
         lambda data: coordinator_keys(data, authority, found.name),
-        TrustedParties(found.name, authority, pins, COORDINATOR),
+        TrustedParties(found.name, authority, [*pins.items(), *earlier], COORDINATOR),
     )  # fmt: skip
 
 

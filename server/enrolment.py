@@ -21,14 +21,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from fedcore_server.authority_key import PASSPHRASE_VARIABLE, find_authority
+from fedcore_server.authority_key import PASSPHRASE_VARIABLE
 from fedcore_server.config import FederationConfig
 from fedcore_server.federation import Enrolment, FederationFiles
 from fedcore_server.tls import listen_sockets
 
 from fedcore.audit.seldom import Seldom
 from fedcore.audit.trail import NoTrail, Recorder
-from fedcore.errors import FedcoreError, Refused, printable
+from fedcore.errors import FedcoreError, Refused, StoreProblem, printable
 from fedcore.identity.authority import Authority
 from fedcore.identity.join_messages import MOST_REQUEST, JoinRefused, JoinRequest
 from fedcore.identity.kit import Kit, KitFile
@@ -104,22 +104,36 @@ class Enrolments:
         self._record("enrol", site, "renewed", serial=peer.serial)
         return found.certificate
 
+    def no_request(self, address: str) -> None:
+        """Record a connection that ended before it asked for anything, as that of a site which does not accept this
+        coordinator's certificate does."""
+        LOG.info("connection of %s ended without a request", address)
+        if self.refusals.allows(("no request", address)):
+            try:
+                self.audit.record("refused", what="to join", word="no request", address=address)
+            except StoreProblem as error:
+                LOG.warning("refused: not recorded: %s", error)
+
     def _record(self, event: str, site: str, decision: str, **facts: str) -> None:
         self.audit.record(event, site=site, decision=decision, **facts)
 
 
-def open_enrolments(config: FederationConfig, audit: Recorder) -> Enrolments | None:
-    """What answers sites that join or renew; None without an `enrol_port`. Raises BadInput for a passphrase that does
-    not open the authority's key."""
+def open_enrolments(
+    config: FederationConfig, authority: Authority | None, audit: Recorder
+) -> Enrolments | None:
+    """What answers sites that join or renew; None without an `enrol_port`. authority: None where its key is not open
+    here."""
     if config.enrol_port is None:
         return None
-    automatic, authority = config.enrolment.approval == "automatic", find_authority(config)
+    automatic = config.enrolment.approval == "automatic"
     if authority is None:
         LOG.warning(
             "the authority's key is not open here, so requests to join wait for `fed-coordinator approve SITE` and "
             "certificates are renewed by files; to open it, set passphrase_file under [enrolment], or $%s",
             PASSPHRASE_VARIABLE,
         )  # fmt: skip
+    else:
+        audit.record("key", what="the authority's key", word="open", sha256=authority.fingerprint)
     return Enrolments(
         FederationFiles(config), authority, lambda: datetime.now(UTC), automatic, audit
     )
@@ -162,8 +176,8 @@ async def listening(
                 kits.current.load_into(context)
             async with asyncio.timeout(SECONDS):
                 await _exchange(enrolments, context, connection)
-        except (OSError, EOFError, TimeoutError) as error:
-            LOG.info("connection of %s ended without a request (%s)", address, type(error).__name__)
+        except (OSError, EOFError, TimeoutError):
+            enrolments.no_request(address)
         except Exception:
             LOG.exception("a request to join ended by an internal error")
         finally:

@@ -4,7 +4,8 @@
     kit/, operator/  certificates and keys of the coordinator and of the operator
     roster.toml      signed and numbered (`identity/signed_roster.py`)
     revoked.txt      serial numbers of revoked certificates (`identity/revocation.py`)
-    enrolment/       SITE.json: where each site is on its way in
+    enrolment/       SITE.json: where each site is on its way in; rosters/: every roster that was signed;
+                     commands.jsonl: commands that the coordinator's audit trail does not have yet
 
 Invariant: every change is made under one lock, from the files as they are then, and replaces each file atomically. So
 commands and the serving process may run at once, none of them has to be restarted, and a command that was killed can
@@ -14,9 +15,11 @@ be repeated. What a site needs to be admitted stands in the roster before its ce
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,19 +28,21 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric import ec
 from fedcore_server.config import FederationConfig
 
-from fedcore.errors import BadInput, Refused, UnknownName
-from fedcore.files import read_json, write_atomic, write_json
+from fedcore.audit.lines import Fact, checked_facts
+from fedcore.errors import BadInput, Refused, UnknownName, printable
+from fedcore.files import append_row, read_json, write_atomic, write_json
 from fedcore.files.lock import FileLock
 from fedcore.identity.authority import Authority
 from fedcore.identity.join_messages import JoinAnswer, JoinLine, JoinRefused, JoinRequest, read_csr
 from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, PublicKit, read_limited
 from fedcore.identity.peer import Peer, check_sites, peer_of, read_certificate
 from fedcore.identity.revocation import EMPTY
-from fedcore.identity.signed_roster import SignedRoster, read_pins
+from fedcore.identity.signed_roster import SignedRoster, keep_roster, read_pins
 from fedcore.identity.verify import fingerprint
 from fedcore.types import SiteId
 
 ENROLMENT_FOLDER = "enrolment"
+COMMANDS_FILE, ROSTERS_FOLDER = "commands.jsonl", "rosters"
 LOCK_SECONDS = 10.0
 """How long a command waits for another one that changes the same federation; each takes milliseconds."""
 
@@ -259,6 +264,30 @@ class FederationFiles:
                     renewed.append(peer_of(pem))
             return renewed
 
+    # ---------------------------------------------------------------------------------------- audit
+
+    def note(self, call: str, now: datetime, **facts: Fact) -> None:
+        """Leave a line about a command for the coordinator's audit trail: only the serving process, if there is one,
+        has it open."""
+        with self._locked():
+            about = {"call": call, "user": user_name(), "at": _iso(now), **facts}
+            append_row(self._folder, about, COMMANDS_FILE)
+
+    def take_notes(self, record: Callable[..., None]) -> None:
+        """Record the commands since the last call, in their order. Raises StoreProblem; then they stay. A process that
+        is killed meanwhile records them again, at its next start."""
+        path = self._folder / COMMANDS_FILE
+        if not path.exists():
+            return
+        with self._locked():
+            for line in path.read_text().splitlines():
+                try:
+                    facts = checked_facts("operator", json.loads(line))
+                except (ValueError, TypeError, AttributeError):
+                    facts = {"call": "unknown", "text": printable(line, 200)}
+                record("operator", **facts)
+            path.unlink()
+
     # ---------------------------------------------------------------------------------------- parts
 
     def _answer(self, found: Enrolment) -> JoinAnswer:
@@ -281,7 +310,10 @@ class FederationFiles:
             return before
         after = SignedRoster(before.federation, before.number + 1, now, sites).sign(authority)
         after.verify(self.authority_pem, before.federation)
+        rosters = self._folder / ROSTERS_FOLDER
+        keep_roster(rosters, before)
         after.save(self.config.roster)
+        keep_roster(rosters, after)
         return after
 
     def _revoke(self, found: Enrolment) -> None:
@@ -336,6 +368,14 @@ def _read(path: Path) -> Enrolment:
         return Enrolment(**{**found, "serials": tuple(found["serials"])})
     except (TypeError, KeyError):
         raise BadInput(f"{path}: found other keys than an invitation has") from None
+
+
+def user_name() -> str:
+    """The user of this machine who runs this command; its number, where it has no name."""
+    number = os.getuid()
+    with suppress(KeyError):
+        return pwd.getpwuid(number).pw_name
+    return str(number)
 
 
 def _iso(moment: datetime) -> str:

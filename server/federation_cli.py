@@ -58,6 +58,12 @@ def init(
         int | None,
         typer.Option("--enrol-port", min=1, max=65535, help="For joining; default: port + 1."),
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics-port", min=1, max=65535, help="For Prometheus, on 127.0.0.1; default: off."
+        ),
+    ] = None,
     manual: Annotated[
         bool, typer.Option("--manual", help="Every site that joins waits for `approve`.")
     ] = False,
@@ -76,7 +82,9 @@ def init(
     made = create(
         name, out or Path(name), host, check_new(passphrase), datetime.now(UTC), port=port,
         enrol_port=enrol_port or port + 1, approval="manual" if manual else "automatic",
+        metrics_port=metrics_port,
     )  # fmt: skip
+    _files(made.folder / "federation.toml").note("init", datetime.now(UTC), sha256=made.fingerprint)
     if as_json:
         emit({"federation": name, "folder": str(made.folder), "fingerprint": made.fingerprint})
         return
@@ -96,8 +104,10 @@ def invite(
     from datetime import UTC, datetime, timedelta
 
     now = datetime.now(UTC)
-    line, replaces = _files(config).invite(site, days, now)
+    files = _files(config)
+    line, replaces = files.invite(site, days, now)
     until = now + timedelta(days=days)
+    files.note("invite", now, site=site, expires=until.isoformat(timespec="seconds"))
     if as_json:
         emit({"site": site, "line": line.text(), "expires": until.isoformat(timespec="seconds")})
         return
@@ -187,6 +197,7 @@ def approve(
     found = files.approve(site, _authority(files, authority, passphrase_file), now)
     if answer is not None:
         write_json(answer, files.answer(found).to_json())
+    files.note("approve", now, site=site, roster=files.roster().number, serial=found.serials[-1])
     shown = key_fingerprint(asked.identity)
     number, until = files.roster().number, f"{found.peer.ends:%Y-%m-%d}" if found.peer else ""
     if as_json:
@@ -214,11 +225,14 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """Cut a site off. Revokes its certificates and its invitation, and takes it off the roster."""
+    from datetime import UTC, datetime
+
     from fedcore_server.authority_key import authority_folder
 
     files = _files(config)
     # First without the authority: a wrong passphrase must not delay it.
     count = files.revoke(site)
+    files.note("revoke", datetime.now(UTC), site=site, certificates=count)
     some = f"{count} certificate{'' if count == 1 else 's'}"
     if not as_json:
         echo(f"site {site!r} is revoked ({some}): a running coordinator cuts it off within seconds")
@@ -274,6 +288,8 @@ def renew(
         renewed = [peer_of(found.certificate)]
     else:
         renewed = files.renew_own(opened, host or [], now, days)
+    for peer in renewed:
+        files.note("renew", now, party=str(peer), serial=peer.serial)
     if as_json:
         emit(
             {
@@ -326,7 +342,10 @@ def _signed(
     """The roster without the sites that were revoked, signed with the authority's key."""
     from datetime import UTC, datetime
 
-    return files.sign_roster(_authority(files, authority, passphrase), datetime.now(UTC))
+    now = datetime.now(UTC)
+    found = files.sign_roster(_authority(files, authority, passphrase), now)
+    files.note("sign roster", now, number=found.number, digest=found.digest)
+    return found
 
 
 def _connected(config: Path) -> tuple[dict[str, JobSite] | None, str]:

@@ -6,7 +6,7 @@ party of the federation. What one party says of another's trail is in lines that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class TrustedParties:
-    """What is needed to believe a file. of: the party whose trail is checked; pins: the sites' public keys."""
+    """What is needed to believe a file. of: the party whose trail is checked; pins: the sites' public keys, those of
+    sites that have left as well."""
 
     name: str
     authority_pem: bytes
-    pins: Mapping[SiteId, bytes]
+    pins: Collection[tuple[SiteId, bytes]]
     of: str
 
     def read(self, path: Path) -> Evidence:
@@ -71,7 +72,7 @@ class TrustedParties:
             lines = _whole(path, verify(data, keys))
             found = self._released(lines, "the coordinator's trail")
             return found + Evidence(tuple(_confirmed(lines, self.of)))
-        for name, public in self.pins.items():
+        for name, public in self.pins:
             if f'"key":"{site_key(public)}"'.encode() in data.partition(b"\n")[0]:
                 verdict = verify(data, {site_key(public)})
                 lines = _whole(path, verdict)

@@ -23,7 +23,8 @@ import base64
 import binascii
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedcore.errors import BadInput, RosterRefused, SignatureRefused
 from fedcore.files import write_atomic
+from fedcore.files.disk import make_folder
 from fedcore.identity.authority import Authority
 from fedcore.identity.identities import sites_of, sites_toml
 from fedcore.identity.kit import read_limited
@@ -185,6 +187,30 @@ def read_pins(
     found = SignedRoster.parse(data, str(path))
     found.verify(authority_pem, federation)
     return dict(found.sites), found
+
+
+def keep_roster(folder: Path, roster: SignedRoster) -> None:
+    """Keep a roster under its number: what its sites signed can be verified after they have left. Raises OSError."""
+    path = folder / f"{roster.number}.toml"
+    if not path.exists():
+        make_folder(folder)
+        roster.save(path)
+
+
+def kept_pins(
+    folder: Path, authority_pem: bytes, federation: str
+) -> Iterator[tuple[SiteId, bytes]]:
+    """The sites of all rosters that were kept, each with each key that it had, the newest roster first. A file that the
+    federation's authority did not sign counts for nothing."""
+    known = set()
+    numbers = (int(path.stem) for path in folder.glob("*.toml") if path.stem.isdecimal())
+    for number in sorted(numbers, reverse=True):
+        with suppress(BadInput, SignatureRefused, RosterRefused):
+            pins, _ = read_pins(folder / f"{number}.toml", authority_pem, federation)
+            for pin in pins.items():
+                if pin not in known:
+                    known.add(pin)
+                    yield pin
 
 
 def changes_of(sites: Mapping[SiteId, bytes], before: Mapping[SiteId, bytes]) -> list[str]:

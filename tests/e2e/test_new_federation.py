@@ -312,8 +312,8 @@ def test_fifth_site_takes_part_and_a_revoked_one_is_cut_off_while_the_job_goes_o
 
 
 def test_every_trail_is_whole_by_what_the_others_recorded(story):
-    """The revoked site is on no newer roster, so that its trail is checked and shows nothing about others."""
-    trails = {site: f"{site}/state/{TRAIL_FILE}" for site in "abde"}
+    """Also by that of the revoked site, which is on no newer roster: the older ones have its key."""
+    trails = {site: f"{site}/state/{TRAIL_FILE}" for site in FOUNDERS + LATER}
     trails["coordinator"] = f"fed/state/{TRAIL_FILE}"
     for party in (*FOUNDERS, LATER, "coordinator"):
         others = [path for name, path in trails.items() if name != party]
@@ -324,6 +324,15 @@ def test_every_trail_is_whole_by_what_the_others_recorded(story):
         words = " ".join(f"--receipts {path}" for path in others)
         found = json.loads(story.commands.run(f"{where} {words} --json"))
         assert found["whole"] and found["confirmed"] > 5, found
+
+
+def test_commands_of_the_operator_are_in_the_coordinators_trail(story):
+    shown = story.commands.run(f"fed-coordinator audit show {CONFIG} --json")
+    lines = [each["facts"] for each in json.loads(shown)["lines"] if each["event"] == "operator"]
+    made = [(facts["call"], facts.get("site")) for facts in lines if "user" in facts]
+    invited = [("invite", site) for site in FOUNDERS + LATER]
+    assert made == [("init", None), *invited, ("revoke", REVOKED), ("sign roster", None)]
+    assert {facts["call"] for facts in lines if "operator" in facts} == {"submit", "result"}
 
 
 def test_no_secret_is_anywhere_but_in_its_own_file(story):

@@ -66,7 +66,7 @@ def town(tmp_path, kits):
 
 
 def federation(of="va"):
-    return TrustedParties("town", OURS.certificate_pem, PINS, of)
+    return TrustedParties("town", OURS.certificate_pem, [*PINS.items()], of)
 
 
 def checked(town, *files, of="va"):

@@ -11,6 +11,7 @@ from fedcore_clients.config import read_config
 from fedcore_clients.rosters import (
     APPROVED_FILE,
     NEWEST_FILE,
+    ROSTERS_FOLDER,
     approve_roster,
     approved_roster,
     newest_roster,
@@ -21,7 +22,7 @@ from fedcore_clients.rosters import (
 from fedcore.errors import BadInput, Refused, SignatureRefused
 from fedcore.identity.identities import write_roster
 from fedcore.identity.kit import Kit
-from fedcore.identity.signed_roster import SignedRoster
+from fedcore.identity.signed_roster import SignedRoster, kept_pins
 from fedcore.secagg.protocol.job_messages import JobOffer
 from fedcore.wire.frames import JobRoster
 from tests.support.rosters import AUTHORITY, KEYS, OTHER, SiteFolder, document
@@ -50,6 +51,17 @@ def test_a_new_roster_waits_until_the_operator_approves_it(site):
     assert not site.rosters.refresh(), "once"
     assert site.policy.sites == 4, "the policy counts the sites of the roster in force"
     assert site.take(2, "abcd") == "approved"
+
+
+def test_rosters_that_were_seen_are_kept(site):
+    """What a site signed can be verified after it has left."""
+    site.take(2, "abcd")
+    site.take(3, "abc")
+    site.take(2, "abcd")
+    folder = site.config.folder / ROSTERS_FOLDER
+    assert sorted(path.name for path in folder.iterdir()) == ["1.toml", "2.toml", "3.toml"]
+    pins = kept_pins(folder, site.kit.authority_pem, site.kit.peer.federation)
+    assert [name for name, _ in pins] == ["a", "b", "c", "d"]
 
 
 def test_a_policy_that_takes_any_roster_needs_no_approval(tmp_path):
@@ -264,3 +276,18 @@ def test_check_of_the_first_site_that_joined_warns_of_too_few(tmp_path):
     assert "because of minimum_sites: too few sites so far on the roster here, 1" in said
     said = _roster(site.config, SimpleNamespace(kit=site.kit, roster=site.live.current))
     assert said == "number 1, signed by the federation's authority: 1 site"
+
+
+def test_a_site_that_has_not_run_yet_says_so(capsys, home):
+    def run(*words):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--config", str(home / "site.toml")])
+        return ended.value.code, *capsys.readouterr()
+
+    code, out, _ = run("jobs")
+    assert code == 0 and out.startswith("no jobs yet: a running site")
+    assert json.loads(run("jobs", "--json")[1]) == {"jobs": []}
+    code, out, err = run("status")
+    assert (code, out) == (2, "") and "this site has not run yet" in err and "fed-site run" in err
+    code, _, err = run("approve", "heart-1")
+    assert code == 2 and "no job at this site yet" in err

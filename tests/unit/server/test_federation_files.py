@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,19 +17,24 @@ from fedcore_server.authority_key import (
 )
 from fedcore_server.cli import main
 from fedcore_server.config import read_config
-from fedcore_server.federation import FederationFiles
+from fedcore_server.federation import FederationFiles, user_name
 from fedcore_server.federation_views import roster_lines, sites_rows
 
-from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, Refused
+from fedcore.audit.keys import SiteSigner
+from fedcore.audit.trail import TRAIL_FILE, AuditTrail
+from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, Refused, StoreFull
 from fedcore.identity.identities import write_roster
 from fedcore.identity.join_messages import JoinRefused
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import peer_of
 from fedcore.identity.revocation import Revocations
+from fedcore.identity.signed_roster import kept_pins
 from fedcore.results import JobSite
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
 from tests.support.federations import PASSPHRASE, authority_of, new_federation, now
+from tests.support.full_disk import no_file_beyond
+from tests.support.live_sessions import recorded
 
 
 @pytest.fixture
@@ -118,7 +124,7 @@ def test_the_commands_of_an_operator(command, tmp_path, monkeypatch):
     request = joining.begin(joining.JoinLine.parse(line), tmp_path / "va")
     (tmp_path / "request.json").write_text(json.dumps(request.to_json()))
     words = ("approve", "va", "--request", "../request.json", "--answer", "../answer.json")
-    monkeypatch.delenv(PASSPHRASE_VARIABLE)
+    assert PASSPHRASE_VARIABLE not in os.environ, "init has read it, and removed it"
     code, shown, refused = command(*words)
     assert (code, shown) == (2, "")
     assert "passphrase of the authority: found none and no terminal" in refused
@@ -132,6 +138,84 @@ def test_the_commands_of_an_operator(command, tmp_path, monkeypatch):
     every = made + told + approved + listed
     assert PASSPHRASE not in every
     assert line.strip().rsplit(":", 1)[1] not in every + (tmp_path / "request.json").read_text()
+
+
+def test_counters_have_a_port_where_one_is_named(command, tmp_path, monkeypatch):
+    words = "init", "heart", "--host", "hub.example.org", "--out"
+    for name, more in (
+        ("f", ()),
+        ("g", ("--metrics-port", "9443")),
+        ("h", ("--metrics-port", "7444")),
+    ):
+        monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
+        code, _, said = command(*words, name, *more)
+        assert code == (2 if name == "h" else 0)
+    assert "--metrics-port: found 7444, a port of the sites" in said
+    assert read_config(tmp_path / "f" / "federation.toml").metrics_port is None
+    assert read_config(tmp_path / "g" / "federation.toml").metrics_port == 9443
+
+
+def test_commands_are_in_the_coordinators_trail_though_no_coordinator_runs(
+    command, tmp_path, monkeypatch
+):
+    (tmp_path / "passphrase").touch(0o600)
+    (tmp_path / "passphrase").write_text(PASSPHRASE)
+    key = "--passphrase-file", str(tmp_path / "passphrase")
+    command("init", "heart", "--host", "hub.example.org", "--out", "f", *key)
+    monkeypatch.chdir(tmp_path / "f")
+    files = FederationFiles(read_config(tmp_path / "f" / "federation.toml"))
+    line = command("invite", "va")[1]
+    files.ask(joining.begin(joining.JoinLine.parse(line), tmp_path / "va"), now())
+    command("approve", "va", *key)
+    command("renew", "va", "--answer", "answer.json", *key)
+    command("revoke", "va", *key)
+    assert command("revoke", "vb", *key)[0] == 2, "and what is refused changed nothing"
+    with AuditTrail.open(tmp_path / "hub", SiteSigner(IdentityKey()), {}) as trail:
+        size = (tmp_path / "hub" / TRAIL_FILE).stat().st_size
+        with no_file_beyond(size), pytest.raises(StoreFull):
+            files.take_notes(trail.record)
+        for _ in range(2):
+            files.take_notes(trail.record)
+    lines = recorded(tmp_path / "hub", "operator")
+    calls = ["init", "invite", "approve", "renew", "revoke", "sign roster"]
+    assert [facts["call"] for facts in lines] == calls
+    assert {facts["user"] for facts in lines} == {user_name()}
+    assert [facts["site"] for facts in lines if "site" in facts] == ["va"] * 3
+    assert (lines[2]["roster"], lines[5]["number"]) == (2, 3)
+    assert line.strip().rsplit(":", 1)[1] not in (tmp_path / "hub" / TRAIL_FILE).read_text()
+
+
+def test_a_note_that_was_altered_is_recorded_as_such(files, tmp_path):
+    files.note("revoke", now(), site="va")
+    path = files.config.roster.parent / "enrolment" / "commands.jsonl"
+    path.write_text(path.read_text() + 'nonsense\n[1]\n{"call": 1.5}\n')
+    with AuditTrail.open(tmp_path / "hub", SiteSigner(IdentityKey()), {}) as trail:
+        files.take_notes(trail.record)
+    calls = [facts["call"] for facts in recorded(tmp_path / "hub", "operator")]
+    assert calls == ["revoke", "unknown", "unknown", "unknown"]
+
+
+def test_every_roster_is_kept_with_the_keys_of_sites_that_left(files, tmp_path):
+    joined(files, "va", tmp_path)
+    first = files.roster().sites["va"]
+    files.revoke("va")
+    files.sign_roster(authority_of(files), now())
+    joined(files, "va", tmp_path / "again")
+    second = files.roster().sites["va"]
+    folder = files.config.roster.parent / "enrolment" / "rosters"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "1.toml",
+        "2.toml",
+        "3.toml",
+        "4.toml",
+    ]
+    pins = list(kept_pins(folder, files.authority_pem, files.config.name))
+    assert pins == [("va", second), ("va", first)]
+    (folder / "2.toml").write_text(
+        (folder / "2.toml").read_text().replace("number = 2", "number = 9")
+    )
+    pins = list(kept_pins(folder, files.authority_pem, files.config.name))
+    assert pins == [("va", second)], "one that the authority did not sign counts for nothing"
 
 
 # ------------------------------------------------------------------------------------------ the key
@@ -170,6 +254,10 @@ def test_the_authority_opens_with_its_own_passphrase_only(files, tmp_path, monke
     assert find_authority(files.config) is None
     monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
     assert find_authority(files.config).fingerprint == files.fingerprint
+    assert PASSPHRASE_VARIABLE not in os.environ, (
+        "a process that is started now does not inherit it"
+    )
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
     (folder / "key.pem").rename(tmp_path / "key.pem")  # to another machine
     assert find_authority(files.config) is None
 
@@ -297,7 +385,6 @@ def test_a_site_is_cut_off_before_the_passphrase_is_asked_for(command, tmp_path,
     monkeypatch.chdir(tmp_path / "f")
     files = FederationFiles(read_config(tmp_path / "f" / "federation.toml"))
     answer = joined(files, "va", tmp_path)
-    monkeypatch.delenv(PASSPHRASE_VARIABLE)
     code, shown, said = command("revoke", "va")
     assert (code, "'va' is revoked (1 certificate)" in shown) == (2, True)
     assert said.startswith("error: passphrase of the authority: found none")

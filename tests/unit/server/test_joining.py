@@ -8,6 +8,7 @@ import json
 import socket
 import ssl
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -356,6 +357,56 @@ def test_joining_and_its_refusals_are_in_both_audit_trails(files, tmp_path):
         assert token not in path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("case", "at_hub", "at_site"),
+    [
+        ("used", "used", "used"),
+        ("expired", "expired", "expired"),
+        ("forged", "token", "token"),
+        ("another name", "name", "name"),
+        ("wrong fingerprint", "no request", "not trusted"),
+    ],
+)
+def test_each_refusal_is_in_the_trails_of_both_ends(
+    files, tmp_path, monkeypatch, case, at_hub, at_site
+):
+    line, at = invited(files), [now()]
+    signer = SiteSigner(IdentityKey())
+    with (
+        AuditTrail.open(tmp_path / "hub", signer, {}) as trail,
+        served(files, audit=trail, clock=lambda: at[0]),
+    ):
+        if case == "used":
+            join(line, tmp_path / "first")
+        elif case == "expired":
+            at[0] += timedelta(days=8)
+        elif case == "forged":
+            line = replace(line, token=SecretBytes(bytes(32)))
+        elif case == "another name":
+            csr = make_csr("oslo", ec.generate_private_key(ec.SECP256R1()))
+            monkeypatch.setattr("fedcore.identity.join_messages.make_csr", lambda *_: csr)
+        else:
+            line = replace(line, fingerprint="0" * 64)
+        with pytest.raises((JoinRefused, CertificateRefused)):
+            join(line, tmp_path / "va")
+        hub = tmp_path / "hub"
+        wait_until(lambda: any(event == "refused" for event, _ in events(hub)))
+    (no,) = (facts for event, facts in events(hub) if event == "refused")
+    assert at_hub in (no.get("decision"), no.get("word"))
+    assert no.get("site") == "va" or no["address"] == "127.0.0.1"
+    (here,) = (f for event, f in events(tmp_path / "va" / "state") if event == "refused")
+    assert here["word"] == at_site
+
+
+def wait_until(holds):
+    """At most 10 s: the other end's thread is not waited for."""
+    for _ in range(1000):
+        if holds():
+            return
+        time.sleep(0.01)
+    pytest.fail("it did not happen")
+
+
 def test_nothing_is_sent_to_another_authority(files, tmp_path):
     line = replace(invited(files), fingerprint="0" * 64)
     with (
@@ -365,7 +416,7 @@ def test_nothing_is_sent_to_another_authority(files, tmp_path):
         join(line, tmp_path / "va")
     assert "nothing was sent" in caught.value.remedy
     assert received == []
-    assert not (tmp_path / "va").exists()
+    assert not (tmp_path / "va" / "kit").exists()
 
 
 class Impostor:
@@ -432,7 +483,7 @@ def test_an_impostor_is_sent_nothing(files, tmp_path, case, words):
     ):
         join(replace(line, port=impostor.port), tmp_path / "va")
     assert impostor.received in ([], [b""])
-    assert not (tmp_path / "va").exists()
+    assert not (tmp_path / "va" / "kit").exists()
 
 
 def test_an_answer_of_another_authority_is_not_written(files, tmp_path):
