@@ -33,7 +33,9 @@ from fedcore_clients.status import runs
 from fedcore.cli.console import ago
 from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
 from fedcore.files.disk import open_to_others
-from fedcore.identity.preflight import authority_of, preflight, proxied
+from fedcore.identity.addresses import authority_of
+from fedcore.identity.preflight import preflight
+from fedcore.identity.proxies import Proxy
 from fedcore.identity.signed_roster import changes_of
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
@@ -237,9 +239,13 @@ def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
 
 
 def _network(config: SiteConfig, papers: Papers) -> Iterator[Check]:
-    through = proxied(config.host, config.through)
+    check, through = _try("proxy", lambda: _proxy(config))
+    if not check.ok or through is not None:
+        yield check
+    if not check.ok:
+        return
     config = config if through else _serving(config)
-    host, port = (through[0], through[1]) if through else (config.host, config.port)
+    host, port = (through.host, through.port) if through else (config.host, config.port)
     whose = "proxy" if through else "coordinator"
     steps = (
         ("dns", _addresses), ("tcp", _connects), ("tls", lambda *_: _handshake(config, papers))
@@ -254,6 +260,14 @@ def _network(config: SiteConfig, papers: Papers) -> Iterator[Check]:
     if welcome is not None:
         yield _line("clock", lambda: clock_text(*welcome))
         yield _line("version", lambda: version_text(welcome[0].software))
+
+
+def _proxy(config: SiteConfig) -> tuple[str, Proxy | None]:
+    """The proxy on the way to the coordinator, None where there is none."""
+    found = config.through
+    if found is None or not found.serves(config.host, config.port):
+        return "none", None
+    return f"{found.text}; it resolves the coordinator's name, and sees ciphertext only", found
 
 
 def _serving(config: SiteConfig) -> SiteConfig:
@@ -328,18 +342,16 @@ def rosters_text(current: int, newest: int, theirs: int, *, approves: bool) -> s
 
 
 async def _ask(config: SiteConfig, papers: Papers, hello: frames.Hello) -> frames.Welcome:
-    channel = open_channel(
-        papers.kit, config.host, config.port, proxy=config.through, options=calls.LENGTHS
-    )
     try:
-        return await call_unary(channel, calls.CHECK, hello, SECONDS)
+        async with open_channel(
+            papers.kit, config.host, config.port, proxy=config.through, options=calls.LENGTHS
+        ) as channel:
+            return await call_unary(channel, calls.CHECK, hello, SECONDS)
     except grpc.aio.AioRpcError as error:
         found = told(error.code().name, error.details() or "")
         raise found or Refused(
             f"coordinator {config.coordinator}: found {error.code().name.lower()}, expected an answer"
         ) from None
-    finally:
-        await channel.close()
 
 
 def clock_text(welcome: frames.Welcome, here: float) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # they import numpy, which `--help` does without
     from fedcore_clients.control import Control
 
     from fedcore.identity.join_messages import JoinAnswer, JoinLine
+    from fedcore.identity.proxies import ProxySection
     from fedcore.types import Json
 
 app = application("fed-site", "A site of a federation: its process, and what it is at.")
@@ -73,8 +74,16 @@ def join(
     ] = None,
     source: Annotated[str, typer.Option("--source", help="This site's data for it.")] = "",
     proxy: Annotated[
-        str, typer.Option("--proxy", help="http://HOST:PORT of a proxy to connect through.")
-    ] = "",
+        str,
+        typer.Option(
+            "--proxy",
+            help="http://[USER@]HOST:PORT or socks5://... of a proxy to connect through; or: environment",
+        ),
+    ] = "none",
+    proxy_password: Annotated[
+        str | None,
+        typer.Option("--proxy-password", help="Where its password is: file:PATH or env:NAME."),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="If it must be approved, ask again until it is.")
     ] = False,
@@ -91,7 +100,9 @@ def join(
 
     from fedcore.files import write_json
     from fedcore.identity.join_messages import key_fingerprint
+    from fedcore.identity.proxies import ProxySection
 
+    through = ProxySection(url=proxy, password=proxy_password).placed(Path.cwd(), "--proxy")
     allowed = [joining.find_task(task, source)] if task else []
     if answer is not None:
         found = joining.read_answer(answer)
@@ -106,12 +117,12 @@ def join(
         ])  # fmt: skip
         return
     else:
-        found = _joined_online(_join_line(line), out, proxy, wait, as_json)
+        found = _joined_online(_join_line(line), out, through, wait, as_json)
     now = datetime.now(UTC)
     if answer is not None and joining.has_joined(out):
         done = joining.renewed(out, found, now)
     else:
-        done = joining.finish(out, found, now, tasks=allowed, proxy=proxy)
+        done = joining.finish(out, found, now, tasks=allowed, proxy=through)
     about = {
         "state": "joined", "site": done.site, "federation": done.federation,
         "roster": done.roster.number, "certificate_until": done.until.isoformat(), "files": [*done.wrote],
@@ -131,7 +142,7 @@ def _join_line(text: str) -> JoinLine:
 
 
 def _joined_online(
-    line: JoinLine, folder: Path, proxy: str, wait: bool, as_json: bool
+    line: JoinLine, folder: Path, proxy: ProxySection, wait: bool, as_json: bool
 ) -> JoinAnswer:
     """The coordinator's answer; ends the command where the site must be approved first."""
     from fedcore_clients import joining
@@ -139,7 +150,7 @@ def _joined_online(
     from fedcore.identity.join_messages import key_fingerprint
 
     told = False
-    while (found := joining.ask(line, folder, proxy, datetime.now(UTC))) is None:
+    while (found := joining.ask(line, folder, proxy.open(), datetime.now(UTC))) is None:
         shown = key_fingerprint(joining.begin(line, folder).identity)
         if not told:
             say(

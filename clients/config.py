@@ -5,6 +5,10 @@ standbys = ["hub2.example.org:7443"]    # where another coordinator takes over; 
 kit = "kit"               identity = "identity.pem"                   roster = "roster.toml"
 folder = "state"          sandbox = "auto"                      task_network = false
 
+[proxy]                   # in place of `proxy = ...`, for one that asks for a login: identity/proxies.py
+url = "socks5://proxy.example.org:1080"
+user = "site-va"          password = "file:/run/secrets/proxy-password"
+
 [keystore]                # private keys and journal encrypted at rest: where the passphrase is (docs/enrolment.md)
 unlock = "file:/run/secrets/site-passphrase"
 
@@ -38,11 +42,12 @@ from pydantic import BeforeValidator, Field
 from fedcore.config import beside
 from fedcore.errors import BadInput
 from fedcore.files.toml import Section, read_tables, read_toml
+from fedcore.identity.addresses import endpoint
 from fedcore.identity.identities import IDENTITY_FILE, read_identity
 from fedcore.identity.keystore import open_keystore
 from fedcore.identity.kit import KEY_FILE, Kit
 from fedcore.identity.passphrase import KeystoreSection
-from fedcore.identity.preflight import CoordinatorAddress, endpoint
+from fedcore.identity.preflight import CoordinatorAddress
 from fedcore.learning.task_code import FLOWER
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -174,7 +179,8 @@ def read_config(path: Path) -> SiteConfig:
             endpoint(each, f"{path.name}: {key}")
     tasks = {name: task.placed(name, found.base) for name, task in found.tasks.items()}
     keystore = found.keystore and found.keystore.placed(path, f"{path.name}: keystore.unlock")
-    more = {"tasks": tasks, "keystore": keystore}
+    proxy = found.proxy.placed(found.base, f"{path.name}: proxy")
+    more = {"tasks": tasks, "keystore": keystore, "proxy": proxy}
     return found.model_copy(update=more | _policy_of(path, found.base))
 
 

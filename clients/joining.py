@@ -28,6 +28,7 @@ from fedcore.files import read_json, write_atomic, write_json
 from fedcore.files.disk import make_folder
 from fedcore.files.toml import read_tables
 from fedcore.identity import kit
+from fedcore.identity.addresses import authority_of
 from fedcore.identity.identities import IDENTITY_FILE, ROSTER_FILE, create_identity, read_identity
 from fedcore.identity.join_messages import (
     MOST_ANSWER,
@@ -38,8 +39,9 @@ from fedcore.identity.join_messages import (
     check_authority,
 )
 from fedcore.identity.peer import peer_of
-from fedcore.identity.preflight import authority_of, connect
+from fedcore.identity.proxies import Proxy, ProxySection
 from fedcore.identity.signed_roster import SignedRoster, read_pins
+from fedcore.identity.tunnel import connect
 from fedcore.identity.verify import check_certificate, fingerprint
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -110,7 +112,7 @@ def begin(line: JoinLine, folder: Path) -> JoinRequest:
     return request
 
 
-def ask(line: JoinLine, folder: Path, proxy: str, now: datetime) -> JoinAnswer | None:
+def ask(line: JoinLine, folder: Path, proxy: Proxy | None, now: datetime) -> JoinAnswer | None:
     """Send this site's request to the coordinator, once it has proved who it is; None: it waits for approval.
 
     Raises CertificateRefused where it has not, and nothing was sent; JoinRefused; BadInput.
@@ -160,7 +162,12 @@ def _exchange(
 
 
 def finish(
-    folder: Path, answer: JoinAnswer, now: datetime, *, tasks: list[AllowedTask], proxy: str = ""
+    folder: Path,
+    answer: JoinAnswer,
+    now: datetime,
+    *,
+    tasks: list[AllowedTask],
+    proxy: ProxySection | None = None,
 ) -> JoinedSite:
     """Check the answer to this folder's request, and write the site's files. Raises CertificateRefused,
     SignatureRefused, RosterRefused, BadInput."""
@@ -187,7 +194,7 @@ def finish(
     write_atomic(home / kit.AUTHORITY_FILE, answer.authority)
     write_atomic(folder / ROSTER_FILE, answer.roster)
     if not (folder / SITE_FILE).exists():
-        text = site_toml(site, authority_of(host, answer.port), tasks, proxy)
+        text = site_toml(site, authority_of(host, answer.port), tasks, proxy or ProxySection())
         write_atomic(folder / SITE_FILE, text.encode())
         wrote[SITE_FILE] = "settings: which tasks may run here, and on which data"
         if not (folder / POLICY_FILE).exists():
@@ -246,19 +253,24 @@ def find_task(task: str, source: str) -> AllowedTask:
     return AllowedTask(found.name, absolute, found.digest(), str(beside(source, Path.cwd())))
 
 
-def site_toml(site: str, coordinator: str, tasks: list[AllowedTask], proxy: str) -> str:
+def site_toml(site: str, coordinator: str, tasks: list[AllowedTask], proxy: ProxySection) -> str:
     """The settings of a new site, with what each of them is for."""
-    tables = [
+    through = proxy.written()
+    simple = isinstance(through["proxy"], str)
+    tables = [] if simple else [tomli_w.dumps(through)]
+    tables += [
         f"[tasks.{each.name}]\n"
         + tomli_w.dumps({"task": each.task, "sha256": each.sha256, "source": each.source})
         for each in tasks
     ]
     text = _SETTINGS.format(
-        names=tomli_w.dumps({"site": site, "coordinator": coordinator, "proxy": proxy or "none"}),
+        names=tomli_w.dumps(
+            {"site": site, "coordinator": coordinator} | (dict(through) if simple else {})
+        ),
         key=KIT_FOLDER, identity=IDENTITY_FILE, roster=ROSTER_FILE, policy=POLICY_FILE,
         state=STATE_FOLDER,
     )  # fmt: skip
-    return text + "\n" + ("\n".join(tables) or _NO_TASK)
+    return text + "\n" + "\n".join(tables if tasks else [*tables, _NO_TASK])
 
 
 _SETTINGS = """\

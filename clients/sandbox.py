@@ -76,10 +76,10 @@ def hidden(config: SiteConfig) -> tuple[Path, ...]:
 
 
 def _unlocking(config: SiteConfig) -> tuple[Path, ...]:
-    """What opens encrypted keys: the keystore, and the passphrase's file."""
+    """What opens encrypted keys, the keystore and the passphrase's file, and the file of the proxy's password."""
     section = config.keystore
     files = (section.file, section.passphrase_file) if section is not None else ()
-    return tuple(path for path in files if path is not None)
+    return tuple(path for path in (*files, config.proxy.password_file) if path is not None)
 
 
 def _needed_below(config: SiteConfig, folder: Path) -> Path | None:

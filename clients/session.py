@@ -2,7 +2,7 @@
 
 Connects, sends a hello, passes frames on, and reconnects with exponential backoff and jitter.
 Invariant: a channel is TLS to a coordinator whose certificate the authority issued for the name it is reached under;
-there is no plaintext, no override of the name, and no proxy that was not set. Nothing waits for a session: a message
+there is no plaintext, no other name, and no proxy that was not set. Nothing waits for a session: a message
 without one is lost, and the jobs resend after `on_connected`; a transfer raises Offline and is retried.
 """
 
@@ -31,9 +31,11 @@ from fedcore.errors import (
     PolicyRefused,
     with_hint,
 )
+from fedcore.identity.addresses import authority_of
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import CLIENT_ROLES, require_role
-from fedcore.identity.preflight import authority_of, channel_target, preflight
+from fedcore.identity.preflight import channel_target, preflight
+from fedcore.identity.proxies import Proxy
 from fedcore.secagg.protocol.job_messages import ToCoordinator
 from fedcore.store import container
 from fedcore.wire import calls, chunks, frames
@@ -85,16 +87,29 @@ def channel_credentials(kit: Kit) -> grpc.ChannelCredentials:
 
 
 def open_channel(
-    kit: Kit, host: str, port: int, *, proxy: str = "", options: Sequence[tuple[str, Any]] = ()
-) -> grpc.aio.Channel:
-    """A channel to the coordinator; connecting begins with the first call.
+    kit: Kit,
+    host: str,
+    port: int,
+    *,
+    proxy: Proxy | None = None,
+    options: Sequence[tuple[str, Any]] = (),
+    folder: Path | None = None,
+) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+    """A channel to the coordinator, open inside `async with`; connecting begins with the first call.
 
-    proxy: `http://[user:password@]host:port` for a CONNECT proxy, or empty for none: the environment's
-    `https_proxy` is ignored, and a loopback address is never proxied. options: further gRPC ones.
-    Raises BadInput for a malformed host, port or proxy.
+    proxy: None for none: gRPC does not look at the environment's `https_proxy`. options: further gRPC ones; folder:
+    of the socket on the way to a proxy. Raises BadInput for a malformed host or port, CertificateRefused.
     """
-    target, together = channel_target(host, port, proxy, options)
-    return grpc.aio.secure_channel(target, channel_credentials(kit), options=together)
+    authority_of(host, port)
+    credentials = channel_credentials(kit)
+
+    @contextlib.asynccontextmanager
+    async def opened() -> AsyncIterator[grpc.aio.Channel]:
+        with channel_target(host, port, proxy, options, folder) as (target, together):
+            async with grpc.aio.secure_channel(target, credentials, options=together) as channel:
+                yield channel
+
+    return opened()
 
 
 async def call_unary(
@@ -225,8 +240,14 @@ class Session:
 
     async def _once(self) -> None:
         config, self._was_welcome = self._config, False
-        channel = open_channel(self.kit, *self._place, proxy=config.through, options=OPTIONS)
         out: asyncio.Queue[bytes] = asyncio.Queue()
+        async with open_channel(
+            self.kit, *self._place, proxy=config.through, options=OPTIONS, folder=config.folder
+        ) as channel:
+            await self._on(channel, out)
+
+    async def _on(self, channel: grpc.aio.Channel, out: asyncio.Queue[bytes]) -> None:
+        """One session over a channel, to its end."""
         try:
             self._channel = channel
             session = calls.SESSION
@@ -255,7 +276,6 @@ class Session:
                     await writer
         finally:
             self._lost()
-            await channel.close()
 
     def _welcomed(self, frame: frames.ToSite) -> None:
         if isinstance(frame, frames.Goodbye):

@@ -31,10 +31,10 @@ import tomli_w
 
 from fedcore import errors
 from fedcore.files import write_atomic
+from fedcore.identity.addresses import authority_of, endpoint
 from fedcore.identity.authority import LOOPBACK, Authority, host_name
 from fedcore.identity.identities import IDENTITY_FILE, ROSTER_FILE, create_identity, write_roster
 from fedcore.identity.peer import check_sites
-from fedcore.identity.preflight import authority_of, endpoint
 from fedcore.types import Json, SiteId
 
 HOST = "127.0.0.1"

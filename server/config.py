@@ -25,10 +25,12 @@ from pydantic import Field
 
 from fedcore.errors import BadInput
 from fedcore.files.toml import Section, read_toml
+from fedcore.identity.addresses import endpoint
 from fedcore.identity.keystore import open_keystore
 from fedcore.identity.kit import KEY_FILE, Kit, read_private
 from fedcore.identity.passphrase import KeystoreSection
-from fedcore.identity.preflight import CoordinatorAddress, endpoint
+from fedcore.identity.preflight import CoordinatorAddress
+from fedcore.identity.proxies import ProxySection
 
 OPERATOR_FILE = "operator.toml"
 OPERATOR_VARIABLE = "FEDCORE_OPERATOR"
@@ -155,10 +157,11 @@ def find_place(coordinator: str | None, kit: Path | None, file: Path | None) -> 
     named = file or (Path(os.environ[OPERATOR_VARIABLE]) if os.getenv(OPERATOR_VARIABLE) else None)
     if named is None and (coordinator is None or kit is None) and Path(OPERATOR_FILE).is_file():
         named = Path(OPERATOR_FILE)
-    proxy = "none"
+    proxy = ProxySection()
     if named is not None:
         found = read_toml(OperatorConfig, named, paths=("kit",))
-        coordinator, kit, proxy = coordinator or found.coordinator, kit or found.kit, found.proxy
+        coordinator, kit = coordinator or found.coordinator, kit or found.kit
+        proxy = found.proxy.placed(named.resolve().parent, f"{named.name}: proxy")
     if coordinator is None or kit is None:
         missing = "--coordinator HOST:PORT" if coordinator is None else "--kit FOLDER"
         raise BadInput(

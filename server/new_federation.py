@@ -18,10 +18,10 @@ from fedcore_server.federation import ENROLMENT_FOLDER
 
 from fedcore.errors import AlreadyExists, BadInput
 from fedcore.files import write_atomic
+from fedcore.identity.addresses import authority_of
 from fedcore.identity.authority import LOOPBACK, Authority, host_name
 from fedcore.identity.identities import ROSTER_FILE
 from fedcore.identity.peer import Peer
-from fedcore.identity.preflight import authority_of
 from fedcore.identity.revocation import EMPTY
 from fedcore.identity.signed_roster import SignedRoster
 from fedcore.secagg.crypto.secret import SecretBytes

@@ -25,9 +25,10 @@ from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import AlreadyExists, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.files.units import in_bytes
+from fedcore.identity.addresses import authority_of
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import require_role
-from fedcore.identity.preflight import authority_of, channel_target, preflight
+from fedcore.identity.preflight import channel_target, preflight
 from fedcore.learning.app_jobs import refuse_of_app
 from fedcore.learning.task import load_task
 from fedcore.results import JobEvent, JobRow, JobSite, JobSummary, MetricsRow, ReferenceGap
@@ -62,11 +63,13 @@ class Operator:
         """A channel for one call. Raises FedcoreError for what grpc raises inside."""
         place, kit = self._place, self._kit
         ours = (*calls.LENGTHS, ("grpc.use_local_subchannel_pool", 1))
-        target, options = channel_target(place.host, place.port, place.through, ours)
         credentials = grpc.ssl_channel_credentials(
             kit.authority_pem, kit.key_pem.reveal(), kit.certificate_pem
         )
-        with grpc.secure_channel(target, credentials, options=options) as channel:
+        with (
+            channel_target(place.host, place.port, place.through, ours) as (target, options),
+            grpc.secure_channel(target, credentials, options=options) as channel,
+        ):
             try:
                 yield channel
             except grpc.RpcError as error:

@@ -26,8 +26,8 @@ from fedcore.experiment.outcome import in_folder
 from fedcore.experiment.prepare import Prepared, job_for, prepare, resolve_sites
 from fedcore.experiment.run import Run, new_directory
 from fedcore.files import append_row, read_json
+from fedcore.identity.addresses import authority_of
 from fedcore.identity.peer import check_sites
-from fedcore.identity.preflight import authority_of
 from fedcore.learning.data.split import FoldSplit
 from fedcore.learning.task import BUILT_IN, Task
 from fedcore.local_deployment import Deployment, Running, ask, running, write

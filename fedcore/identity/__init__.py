@@ -9,6 +9,10 @@
     join_messages.py  the join line, the request and the answer of a site that joins
     roster.py       the roster of a job, and the newest one, reloaded while a process runs
     verify.py       one certificate against every check, so that a TLS failure is one clear line
+    addresses.py    host:port, as people write it
+    proxies.py      which proxy a connection goes through, and where its password is
+    tunnel.py       a TCP connection, direct or through HTTP CONNECT or SOCKS5
+    forwarder.py    the socket through which gRPC reaches a proxy
     preflight.py    one handshake with the coordinator, with the reason of a failure
 
 Invariant: a certificate counts only after every check: issued by the authority, valid at this time, of

@@ -31,9 +31,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedcore.errors import BadInput, CertificateRefused, Refused, SignatureRefused
+from fedcore.identity.addresses import authority_of, endpoint
 from fedcore.identity.authority import federation_of
 from fedcore.identity.peer import check_sites, read_certificate
-from fedcore.identity.preflight import authority_of, endpoint
 from fedcore.identity.signed_roster import SignedRoster
 from fedcore.identity.verify import check_certificate
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest, verify

@@ -5,28 +5,34 @@ The errors of gRPC have no details (`Socket closed`). `preflight` makes the same
 Invariant: it decides nothing; the channel makes every check itself. Only the handshake is sent.
 """
 
-import base64
-import ipaddress
-import socket
 import ssl
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+
+from pydantic import Field
 
 from fedcore.errors import BadInput, CertificateRefused
 from fedcore.files.toml import Section
+from fedcore.identity.addresses import authority_of, endpoint
+from fedcore.identity.forwarder import Forwarder
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import CLIENT_ROLES, Peer, require_role
+from fedcore.identity.proxies import Proxy, ProxyKey, ProxySection
+from fedcore.identity.tunnel import TIMEOUT, connect
 from fedcore.identity.verify import check_certificate, fingerprint
-
-TIMEOUT = 5.0
-"""Seconds for each step of `preflight`."""
 
 
 def preflight(
-    kit: Kit, host: str, port: int, *, now: datetime, proxy: str = "", timeout: float = TIMEOUT
+    kit: Kit,
+    host: str,
+    port: int,
+    *,
+    now: datetime,
+    proxy: Proxy | None = None,
+    timeout: float = TIMEOUT,
 ) -> tuple[Peer, str, str]:
     """One handshake with the coordinator, checked on both sides: who it is, the TLS version, the cipher. Blocking.
 
@@ -80,43 +86,44 @@ def preflight(
     return _coordinator(theirs, kit, host, now), version, cipher
 
 
+@contextmanager
 def channel_target(
-    host: str, port: int, proxy: str, options: Sequence[tuple[str, Any]] = ()
-) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """(target, options) with which gRPC's `secure_channel` connects in the same way as `preflight`.
+    host: str,
+    port: int,
+    proxy: Proxy | None,
+    options: Sequence[tuple[str, Any]] = (),
+    folder: Path | None = None,
+) -> Iterator[tuple[str, tuple[tuple[str, Any], ...]]]:
+    """(target, options) with which gRPC's `secure_channel` connects in the same way as `preflight`, while inside.
 
-    proxy: `http://[user:password@]host:port` for a CONNECT proxy, or empty for none; the environment's
-    `https_proxy` is ignored, and a loopback address is never proxied. Raises BadInput.
+    The environment's `https_proxy` is ignored by gRPC: `proxy` alone counts. folder: of the socket on the way to a
+    proxy; None: a new one. Raises BadInput.
     """
+    where = authority_of(host, port)
     ours: dict[str, Any] = {"grpc.enable_http_proxy": 0}
-    if proxied(host, proxy):
-        ours = {"grpc.enable_http_proxy": 1, "grpc.http_proxy": proxy}
-    together = tuple((dict(options) | ours).items())  # of duplicate options gRPC takes either
-    return f"dns:///{authority_of(host, port)}", together
+    if proxy is None or not proxy.serves(host, port):
+        yield f"dns:///{where}", _together(options, ours)
+        return
+    with Forwarder(host, port, proxy, folder) as forwarder:
+        ours["grpc.default_authority"] = where  # the name that the certificate must have
+        yield forwarder.target, _together(options, ours)
 
 
-def endpoint(text: str, what: str = "coordinator") -> tuple[str, int]:
-    """(host, port) of the text `host:port`, an IPv6 address in brackets. Raises BadInput."""
-    host, _, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    written = f"[{bare}]" if ":" in bare else bare
-    if not bare or not port.isdecimal() or host != written:
-        raise BadInput(
-            f"{what}: found {text!r}, expected host:port, as hub.example.org:7443 or [::1]:7443"
-        )
-    authority_of(bare, int(port))
-    return bare, int(port)
+def _together(
+    options: Sequence[tuple[str, Any]], ours: dict[str, Any]
+) -> tuple[tuple[str, Any], ...]:
+    return tuple((dict(options) | ours).items())  # of duplicate options gRPC takes either
 
 
 class CoordinatorAddress(Section):
-    """How a file names the coordinator. proxy: a URL, or "none".
+    """How a file names the coordinator. proxy: a URL, "none", "environment" or a table (`proxies.py`).
 
     standbys: addresses under which another coordinator of the federation takes over; they are tried in turn.
     """
 
     coordinator: str
     standbys: tuple[str, ...] = ()
-    proxy: str = "none"
+    proxy: ProxyKey = Field(default_factory=ProxySection)
 
     @property
     def host(self) -> str:
@@ -135,23 +142,9 @@ class CoordinatorAddress(Section):
         return tuple(whole)
 
     @property
-    def through(self) -> str:
-        """The proxy's URL, or "" for none."""
-        return "" if self.proxy == "none" else self.proxy
-
-
-def authority_of(host: str, port: int) -> str:
-    """`host:port` for a URL, an IPv6 address in brackets. Raises BadInput."""
-    if not 0 < port < 65536:
-        raise BadInput(f"coordinator: found port {port}, expected 1 to 65535")
-    if _address(host) is None and not all(
-        0 < len(label) < 64
-        and label.replace("-", "a").replace("_", "a").isalnum()
-        and label.isascii()
-        for label in host.removesuffix(".").split(".")
-    ):
-        raise BadInput(f"coordinator: found host {host!r}, expected a DNS name or an address")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    def through(self) -> Proxy | None:
+        """The proxy, None for none. Raises BadInput for a password that is not where it should be."""
+        return self.proxy.open()
 
 
 def _coordinator(der: bytes, kit: Kit, host: str, now: datetime) -> Peer:
@@ -166,7 +159,7 @@ def _why(
     kit: Kit,
     host: str,
     port: int,
-    proxy: str,
+    proxy: Proxy | None,
     timeout: float,
     now: datetime,
 ) -> CertificateRefused:
@@ -209,78 +202,3 @@ def _no_tls(where: str, error: OSError) -> CertificateRefused:
         check="tls",
         remedy="check host and port of the coordinator, and that no firewall is between",
     )
-
-
-def connect(host: str, port: int, proxy: str, timeout: float = TIMEOUT) -> socket.socket:
-    """A TCP connection, through the proxy where one is set. Raises BadInput."""
-    through = proxied(host, proxy)
-    to = (through[0], through[1]) if through else (host, port)
-    what = f"proxy {to[0]}:{to[1]}" if through else f"coordinator {authority_of(host, port)}"
-    try:
-        connection = socket.create_connection(to, timeout)
-    except socket.gaierror as error:
-        raise BadInput(
-            f"{what}: found no address under this name ({error.strerror})",
-            remedy="check the name, and that this machine's DNS knows it",
-        ) from error
-    except OSError as error:
-        raise BadInput(
-            f"{what}: found no connection ({error.strerror or 'timed out'}), expected a listening port",
-            remedy="check host and port, that it runs, and that no firewall is between",
-        ) from error
-    if through is None:
-        return connection
-    try:
-        connection.sendall(_connect_request(authority_of(host, port), through[2]))
-        answer = b""
-        while b"\r\n\r\n" not in answer and len(answer) < 8192:
-            more = connection.recv(1)  # byte by byte: what follows belongs to TLS
-            if not more:
-                break
-            answer += more
-    except OSError as error:
-        connection.close()
-        raise BadInput(f"{what}: found no answer ({error.strerror or 'timed out'})") from error
-    status = answer.split(b" ", 2)[1:2]
-    if status != [b"200"]:
-        connection.close()
-        raise BadInput(
-            f"{what}: found status {b''.join(status)[:3].decode('ascii', 'replace') or 'none'} for "
-            f"{authority_of(host, port)}, expected 200",
-            remedy="ask whoever runs the proxy to allow CONNECT to this host and port",
-        )
-    return connection
-
-
-def _connect_request(where: str, credentials: str) -> bytes:
-    lines = [f"CONNECT {where} HTTP/1.1", f"Host: {where}"]
-    if credentials:
-        encoded = base64.b64encode(credentials.encode()).decode()
-        lines.append(f"Proxy-Authorization: Basic {encoded}")
-    return ("\r\n".join(lines) + "\r\n\r\n").encode()
-
-
-def proxied(host: str, proxy: str) -> tuple[str, int, str] | None:
-    """Host, port and credentials of the proxy for `host`, or None for a direct connection. Raises BadInput."""
-    if not proxy:
-        return None
-    wrong = BadInput("proxy: found no http://HOST:PORT, expected one")  # it may hold a password
-    try:
-        found = urlsplit(proxy)
-        name, port = found.hostname, found.port
-    except ValueError:
-        raise wrong from None
-    if name is None or port is None or found.scheme != "http" or found.path.strip("/"):
-        raise wrong
-    address = _address(host)
-    if host.lower().rstrip(".") == "localhost" or (address is not None and address.is_loopback):
-        return None
-    user = unquote(found.username or "")
-    return name, port, f"{user}:{unquote(found.password or '')}" if user else ""
-
-
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None

@@ -30,10 +30,10 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def new_federation(folder: Path, name: str = "heart") -> FederationFiles:
+def new_federation(folder: Path, name: str = "heart", host: str = HOST) -> FederationFiles:
     """The files of a new federation whose ports are free now."""
     made = create(
-        name, folder, [HOST], SecretBytes(PASSPHRASE.encode()), now(),
+        name, folder, [host], SecretBytes(PASSPHRASE.encode()), now(),
         port=free_port(), enrol_port=free_port(), approval="automatic",
     )  # fmt: skip
     return FederationFiles(read_config(made.folder / "federation.toml"))

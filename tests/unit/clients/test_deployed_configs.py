@@ -10,7 +10,8 @@ from fedcore_server import config as hub
 from support.deployed_jobs import SITE_TOML
 
 from fedcore.errors import BadInput, Refused, UnknownName
-from fedcore.identity.preflight import endpoint
+from fedcore.identity.addresses import endpoint
+from fedcore.identity.proxies import Proxy, ProxySection
 from fedcore.wire.frames import SOFTWARE, Welcome
 
 FEDERATION = 'name = "heart"\nroster = "r.toml"\nkit = "kit"\nfolder = "state"\n'
@@ -38,7 +39,7 @@ def test_paths_count_from_the_file(written):
     assert found.kit == path.parent / "kit" and found.identity == path.parent / "keys/identity.pem"
     assert str(found.roster) == "/etc/fedcore/roster.toml"
     assert found.tasks["heart"].source == str(path.parent / "data/va.csv")
-    assert (found.host, found.port, found.through) == ("hub.example.org", 7443, "")
+    assert (found.host, found.port, found.through) == ("hub.example.org", 7443, None)
     federation = hub.read_config(written("federation.toml", FEDERATION))
     assert federation.roster == path.parent / "r.toml" and federation.metrics_port is None
 
@@ -116,9 +117,9 @@ def test_where_an_operator_s_calls_go(written, monkeypatch, tmp_path):
     path = written("op.toml", 'coordinator = "hub:7443"\nkit = "mine"\nproxy = "http://p:3128"\n')
     named = hub.find_place(None, None, path)
     assert named == hub.OperatorConfig(
-        coordinator="hub:7443", kit=path.parent / "mine", proxy="http://p:3128"
+        coordinator="hub:7443", kit=path.parent / "mine", proxy=ProxySection(url="http://p:3128")
     )
-    assert (named.host, named.port, named.through) == ("hub", 7443, "http://p:3128")
+    assert (named.host, named.port, named.through) == ("hub", 7443, Proxy.parse("http://p:3128"))
     assert hub.find_place("other:1", None, path).host == "other"
     monkeypatch.setenv(hub.OPERATOR_VARIABLE, str(path))
     assert hub.find_place(None, None, None) == named

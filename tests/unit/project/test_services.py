@@ -16,6 +16,8 @@ from fedcore_clients.config import read_config
 from fedcore_clients.joining import site_toml
 from fedcore_server import cli as coordinator_cli
 
+from fedcore.identity.proxies import ProxySection
+
 ROOT = Path(__file__).resolve().parents[3]
 UNITS = ROOT / "deploy" / "systemd"
 ROLES = ("site", "coordinator")
@@ -63,7 +65,7 @@ def test_a_coordinator_gets_no_namespace_and_no_executable_memory():
 def test_a_site_keeps_what_its_sandbox_needs(monkeypatch, tmp_path):
     """The namespaces that `unshare` and `bwrap` are asked for, and a /proc that nothing is mounted over."""
     monkeypatch.setattr(sandbox, "_program", lambda name: name)
-    (tmp_path / "site.toml").write_text(site_toml("va", "hub.example.org:7443", [], ""))
+    (tmp_path / "site.toml").write_text(site_toml("va", "hub.example.org:7443", [], ProxySection()))
     (tmp_path / "policy.toml").touch()
     config = read_config(tmp_path / "site.toml")
     words = {*sandbox._unshare(config), *sandbox._bwrap(config, ())}

@@ -55,7 +55,7 @@ def invited(files, site="va", days=7.0):
 
 def join(line, folder, at=None):
     """What `fed-site join` does; None where it waits for approval."""
-    answer = joining.ask(line, folder, "", at or now())
+    answer = joining.ask(line, folder, None, at or now())
     return None if answer is None else joining.finish(folder, answer, now(), tasks=[])
 
 
@@ -140,7 +140,7 @@ def test_an_attempt_whose_answer_was_lost_is_repeated(files, tmp_path):
     line = invited(files)
     with served(files) as received:
         assert (
-            joining.ask(line, tmp_path / "va", "", now()) is not None
+            joining.ask(line, tmp_path / "va", None, now()) is not None
         )  # and the machine stops here
         assert not (tmp_path / "va" / "site.toml").exists()
         done = join(line, tmp_path / "va")

@@ -30,6 +30,7 @@ from fedcore.errors import BadInput, CertificateRefused
 from fedcore.identity.authority import LOOPBACK, Authority, Issued
 from fedcore.identity.kit import KEY_FILE, Kit
 from fedcore.identity.preflight import preflight
+from fedcore.identity.proxies import Proxy
 from fedcore.identity.revocation import EMPTY, Revocations
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.wire.refusals import told
@@ -814,32 +815,6 @@ def test_both_families_on_one_port(run, hub, va, hosts):
 # -------------------------------------------------------------------------------------- proxies
 
 
-@asynccontextmanager
-async def proxy(to, status="200 OK"):
-    """A CONNECT proxy that knows one host: whatever is asked for, it connects to `to`."""
-    heard: list[str] = []
-
-    async def pump(reader, writer):
-        while data := await reader.read(65536):
-            writer.write(data)
-        writer.close()
-
-    async def serve(reader, writer):
-        heard.append((await reader.readuntil(b"\r\n\r\n")).decode())
-        writer.write(f"HTTP/1.1 {status}\r\n\r\n".encode())
-        if status != "200 OK":
-            writer.close()
-            return
-        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", to)
-        await asyncio.gather(
-            pump(reader, there_writer), pump(there_reader, writer), return_exceptions=True
-        )
-
-    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with listening:
-        yield f"127.0.0.1:{listening.sockets[0].getsockname()[1]}", heard
-
-
 @pytest.fixture
 def dead_proxy(monkeypatch):
     """The environment names a proxy at a port where nothing listens."""
@@ -862,49 +837,12 @@ def test_the_environments_proxy_is_not_asked(run, hub, va):
             assert await ask(va, served) == b"va"
             asks = [("grpc.enable_http_proxy", 1)]  # what a caller adds cannot undo it
             assert await ask(va, served, options=asks) == b"va"
+            dead = Proxy.parse("http://127.0.0.1:9")
             for host in ("127.0.0.1", "localhost"):  # nor a configured one, for loopback
-                await look(va, served, host, proxy="http://127.0.0.1:9")
-                assert await ask(va, served, host, proxy="http://127.0.0.1:9") == b"va"
+                await look(va, served, host, proxy=dead)
+                assert await ask(va, served, host, proxy=dead) == b"va"
 
     run(scene())
-
-
-@pytest.mark.parametrize("host", ["hub.example", "unix"])  # a scheme of gRPC's, and a name as well
-def test_a_proxy_that_is_set_sees_a_name_and_nothing_else(run, kits, va, host):
-    hub = kits(HEART.issue("coordinator", "hub", NOW, hosts=[host]))
-
-    async def scene():
-        async with coordinator(hub) as served, proxy(served.port) as (where, heard):
-            through = f"http://ann:pass%20word@{where}"
-            await look(va, served, host, proxy=through)
-            assert await ask(va, served, host, proxy=through) == b"va"
-            return served.port, heard
-
-    port, heard = run(scene())
-    assert len(heard) == 2
-    for request in heard:
-        assert request.startswith(f"CONNECT {host}:{port} HTTP/1.")
-        assert "proxy-authorization: basic yw5uonbhc3mgd29yza==" in request.lower()
-
-
-def test_a_proxy_that_refuses(run, hub, va):
-    async def scene():
-        async with coordinator(hub) as served, proxy(served.port, "407 No") as (where, _):
-            with pytest.raises(BadInput) as caught:
-                await look(va, served, "hub.example", proxy=f"http://ann:hunter2@{where}")
-            return caught.value, where, served.port
-
-    error, where, port = run(scene())
-    assert str(error) == f"proxy {where}: found status 407 for hub.example:{port}, expected 200"
-    for malformed in (
-        "hunter2",
-        "https://a:hunter2@b:1",
-        "http://b",
-        "http://a:hunter2@b:x",
-        "http://b:1/c",
-    ):
-        with pytest.raises(BadInput, match=r"^proxy: found no http://HOST:PORT, expected one$"):
-            client.open_channel(va, "hub.example", port, proxy=malformed)
 
 
 # ------------------------------------------------------------------------- the coordinator's words

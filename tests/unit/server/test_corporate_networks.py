@@ -1,0 +1,175 @@
+"""A site behind a corporate network: it joins, runs, is checked and renews its certificate through a proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import tomllib
+
+import pytest
+import tomli_w
+from fedcore_clients import check, joining
+from fedcore_clients.config import read_config
+from fedcore_clients.renewal import Renewal
+from fedcore_clients.session import Session
+
+from fedcore.errors import BadInput
+from fedcore.identity.kit import Kit
+from fedcore.identity.peer import peer_of
+from fedcore.identity.proxies import ProxySection
+from fedcore.wire import frames
+from tests.support.federations import new_federation, now, served
+from tests.support.live_sessions import coordinator, joined, until
+from tests.support.proxies import LOGIN, ProxyServer
+
+HOST = "hub.example"
+"""No name that this machine can resolve."""
+
+
+@pytest.fixture
+def files(tmp_path):
+    return new_federation(tmp_path / "federation", host=HOST)
+
+
+def rewritten(folder, **keys):
+    """The settings of a site with some of them changed."""
+    path = folder / "site.toml"
+    tables = tomllib.loads(path.read_text()) | keys
+    path.write_text(tomli_w.dumps(tables))
+    return path
+
+
+def joined_for(files, folder, minutes):
+    """A site that has joined, with a certificate that ends so soon."""
+    usual = files.config
+    short = usual.enrolment.model_copy(update={"certificate_days": minutes / 1440})
+    files.config = usual.model_copy(update={"enrolment": short})
+    joined(files, folder)
+    files.config = usual
+    return folder
+
+
+def secret_file(folder):
+    (folder / "proxy-password").write_text(LOGIN[1])
+    (folder / "proxy-password").chmod(0o600)
+    return "file:proxy-password"
+
+
+@contextlib.asynccontextmanager
+async def site(folder, roster):
+    """A site's session with its renewal."""
+    config, kit = read_config(folder / "site.toml"), Kit.load(folder / "kit")
+    hello = frames.Hello(roster.digest)
+    session = Session(kit, config, lambda: hello, lambda _: None, lambda: None, None)
+    running = asyncio.get_running_loop().create_task(session.run())
+    try:
+        yield session, Renewal(kit, session, lambda: False, lambda *_, **__: None)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.parametrize("kind", ["socks5", "http"])
+def test_a_site_joins_through_a_proxy_and_keeps_it_in_its_settings(files, tmp_path, kind):
+    folder = tmp_path / "va"
+    secret = secret_file(tmp_path)
+    with served(files) as received, ProxyServer(kind, files.config.enrol_port, LOGIN) as middle:
+        url = f"{kind}://{LOGIN[0]}@127.0.0.1:{middle.port}"
+        section = ProxySection(url=url, password=secret).placed(tmp_path, "--proxy")
+        line = files.invite("va", 7, now())[0]
+        assert line.host == HOST
+        answer = joining.ask(line, folder, section.open(), now())
+        joining.finish(folder, answer, now(), tasks=[], proxy=section)
+        assert middle.asked == [f"{HOST}:{files.config.enrol_port}"]
+        assert received
+        assert not any(each in bytes(middle.heard) for each in received)
+    found = read_config(folder / "site.toml")
+    assert found.proxy.password == f"file:{tmp_path / 'proxy-password'}"
+    assert found.through.password.reveal() == LOGIN[1].encode()
+    assert LOGIN[1] not in (folder / "site.toml").read_text()
+
+
+@pytest.mark.parametrize("kind", ["socks5", "http"])
+def test_a_site_runs_is_checked_and_renews_through_a_proxy(files, tmp_path, kind):
+    folder = joined_for(files, tmp_path / "va", minutes=2)
+
+    async def scene():
+        async with coordinator(files, now, tmp_path) as hub:
+            with ProxyServer(kind, files.config.port, LOGIN) as middle:
+                url = f"{kind}://127.0.0.1:{middle.port}"
+                path = rewritten(
+                    folder,
+                    proxy={"url": url, "user": LOGIN[0], "password": secret_file(folder)},
+                )
+                lines = await asyncio.to_thread(lambda: list(check.examine(path)))
+                found = {each.name: each for each in lines}
+                assert found["proxy"].found == (
+                    f"{kind} proxy 127.0.0.1:{middle.port} as user 'ann'; it resolves the coordinator's name, and "
+                    "sees ciphertext only"
+                )
+                assert all(found[each].ok for each in ("proxy", "dns", "tcp", "tls", "admitted"))
+                async with site(folder, files.roster()) as (session, renewal):
+                    await until(lambda: session.since is not None)
+                    before = Kit.load(folder / "kit").peer.serial
+                    assert "va" in hub.sessions.open
+                    await renewal.step(now())
+                    after = peer_of((folder / "kit" / "certificate.pem").read_bytes()).serial
+                    assert after != before
+                    assert session.last_error == ""
+                return middle.asked, bytes(middle.heard)
+
+    asked, heard = asyncio.run(scene())
+    assert set(asked) == {f"{HOST}:{files.config.port}"}
+    assert len(heard) > 1000
+    digest = files.roster().digest  # of the hello: TLS begins behind the proxy
+    assert not any(each in heard for each in (digest.encode(), bytes.fromhex(digest)))
+    assert not (folder / "state" / "proxy.socket").exists()
+
+
+@pytest.mark.parametrize(
+    ("proxy", "line"),
+    [
+        ({"fault": "forbids"}, "found that its rules forbid it (SOCKS5 reply 2)"),
+        ({"login": ("ann", "other")}, "found the user or the password refused"),
+    ],
+    ids=["forbids", "password"],
+)
+def test_a_running_site_logs_why_its_proxy_does_not_connect(files, tmp_path, caplog, proxy, line):
+    folder = joined(files, tmp_path / "va")
+
+    async def scene():
+        with ProxyServer("socks5", files.config.port, **proxy) as middle:
+            rewritten(
+                folder,
+                proxy={
+                    "url": f"socks5://127.0.0.1:{middle.port}", "user": LOGIN[0],
+                    "password": secret_file(folder),
+                },
+            )  # fmt: skip
+            async with site(folder, files.roster()) as (session, _):
+                await until(lambda: session.last_error)
+                return session.last_error
+
+    with caplog.at_level(logging.DEBUG):
+        found = asyncio.run(scene())
+    assert line in found
+    assert "(hint: " in found
+    assert LOGIN[1] not in caplog.text
+    assert f"no session with {HOST}:{files.config.port}: proxy 127.0.0.1:" in caplog.text
+
+
+def test_a_site_uses_the_environments_proxy_only_if_its_settings_say_so(
+    files, tmp_path, monkeypatch
+):
+    folder = joined(files, tmp_path / "va")
+    monkeypatch.setenv("HTTPS_PROXY", "http://ann:hunter2@proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", ".internal.example")
+    config = read_config(folder / "site.toml")
+    assert config.through is None
+    found = read_config(rewritten(folder, proxy="environment")).through
+    assert (found.text, found.direct) == (
+        "http proxy proxy.example:3128 as user 'ann'", (".internal.example",),
+    )  # fmt: skip
+    with pytest.raises(BadInput, match=r"^site\.toml: proxy: found a password in the URL"):
+        read_config(rewritten(folder, proxy="http://ann:hunter2@proxy.example:3128"))
