@@ -30,6 +30,7 @@ from fedcore.files.toml import read_tables
 from fedcore.identity import kit
 from fedcore.identity.addresses import authority_of
 from fedcore.identity.identities import IDENTITY_FILE, ROSTER_FILE, create_identity, read_identity
+from fedcore.identity.inspection import LOOK_SECONDS, inspected, presented
 from fedcore.identity.join_messages import (
     MOST_ANSWER,
     JoinAnswer,
@@ -134,6 +135,9 @@ def ask(line: JoinLine, folder: Path, proxy: Proxy | None, now: datetime) -> Joi
             _record(folder, line.site, "refused", what="to join", word=word, text=str(refused))
             raise
         except (ssl.SSLError, ConnectionError, TimeoutError) as error:
+            theirs = presented(line.host, line.port, proxy, LOOK_SECONDS)
+            if found := inspected(theirs, line.host, line.port):
+                raise found from None
             raise BadInput(
                 f"coordinator {where}: found no answer ({_reason(error)}), expected its port for joining",
                 remedy="check that it runs, that the line has this port, and that nothing between ends TLS",
@@ -143,6 +147,9 @@ def ask(line: JoinLine, folder: Path, proxy: Proxy | None, now: datetime) -> Joi
 def _exchange(
     secured: ssl.SSLSocket, line: JoinLine, folder: Path, where: str, now: datetime
 ) -> JoinAnswer | None:
+    theirs = secured.getpeercert(binary_form=True) or b""
+    if found := inspected(theirs, line.host, line.port):
+        raise found
     with secured.makefile("rb") as reader:
         try:
             authority = json.loads(_line(reader))["authority"].encode()
@@ -152,9 +159,9 @@ def _exchange(
                 remedy="check the line; if it is right, something between answers in the coordinator's place",
             ) from None
         federation = check_authority(authority, line.fingerprint)
-        theirs = ssl.DER_cert_to_PEM_cert(secured.getpeercert(binary_form=True) or b"").encode()
+        shown = ssl.DER_cert_to_PEM_cert(theirs).encode()
         check_certificate(
-            theirs, authority, federation=federation, role="coordinator", now=now, host=line.host
+            shown, authority, federation=federation, role="coordinator", now=now, host=line.host
         )
         request = begin(line, folder)
         secured.sendall(json.dumps(request.to_json()).encode() + b"\n")

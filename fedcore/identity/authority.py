@@ -37,6 +37,9 @@ BACKDATED = timedelta(minutes=5)
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
 
+COMMON_NAME = "fedcore "
+"""Begins the common name of every certificate that an authority of ours made, its own included."""
+
 
 @dataclass(frozen=True)
 class Issued:
@@ -223,7 +226,8 @@ def _builder(
 
 def _distinguished(federation: str, common: str) -> x509.Name:
     """The common name has a space, so that no program takes it for a host name."""
-    names = {NameOID.ORGANIZATION_NAME: federation, NameOID.COMMON_NAME: f"fedcore {common}"[:64]}
+    text = f"{COMMON_NAME}{common}"[:64]
+    names = {NameOID.ORGANIZATION_NAME: federation, NameOID.COMMON_NAME: text}
     return x509.Name([x509.NameAttribute(kind, text) for kind, text in names.items()])
 
 

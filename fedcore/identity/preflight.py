@@ -7,7 +7,7 @@ Invariant: it decides nothing; the channel makes every check itself. Only the ha
 
 import ssl
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fedcore.errors import BadInput, CertificateRefused
 from fedcore.files.toml import Section
 from fedcore.identity.addresses import authority_of, endpoint
 from fedcore.identity.forwarder import Forwarder
+from fedcore.identity.inspection import LOOK_SECONDS, inspected, presented
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import CLIENT_ROLES, Peer, require_role
 from fedcore.identity.proxies import Proxy, ProxyKey, ProxySection
@@ -73,7 +74,8 @@ def preflight(
         ) from None
     except OSError as error:  # an SSLError is one
         if not theirs:
-            raise _no_tls(where, error) from None
+            old = presented(host, port, proxy, min(timeout, LOOK_SECONDS))  # by an older TLS
+            raise inspected(old, host, port) or _no_tls(where, error) from None
         said = f" ({getattr(error, 'reason', None) or error.strerror})"
     if not answered:
         raise CertificateRefused(
@@ -164,17 +166,12 @@ def _why(
     now: datetime,
 ) -> CertificateRefused:
     """The error for the check that the other side's certificate failed, with our text or else OpenSSL's."""
-    look = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # to read the certificate; nothing is sent
-    look.check_hostname, look.verify_mode = False, ssl.CERT_NONE
-    theirs = None
-    with (
-        suppress(OSError, BadInput),
-        connect(host, port, proxy, timeout) as plain,
-        look.wrap_socket(plain, server_hostname=host) as seen,
-    ):
-        theirs = seen.getpeercert(binary_form=True)
+    theirs = presented(host, port, proxy, timeout)
+    found = inspected(theirs, host, port)
+    if found is not None:
+        return found
     try:
-        if theirs is not None:
+        if theirs:
             _coordinator(theirs, kit, host, now)
     except CertificateRefused as refused:
         return refused

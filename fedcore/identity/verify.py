@@ -98,15 +98,28 @@ def _require_usage(certificate: x509.Certificate, whose: str, *, serves: bool) -
         )
 
 
-def _require_host(certificate: x509.Certificate, whose: str, host: str) -> None:
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    hosts = names.get_values_for_type(x509.DNSName)
-    addresses = [str(one) for one in names.get_values_for_type(x509.IPAddress)]
+def made_out_to(certificate: x509.Certificate, host: str) -> bool:
+    """Whether a certificate has this name or address among its alternative names."""
+    hosts, addresses = _hosts(certificate)
     try:
-        answers = str(ipaddress.ip_address(host)) in addresses
+        return str(ipaddress.ip_address(host)) in addresses
     except ValueError:
-        answers = any(_matches(one.lower(), host.lower()) for one in hosts)
-    if not answers:
+        return any(_matches(one.lower(), host.lower()) for one in hosts)
+
+
+def _hosts(certificate: x509.Certificate) -> tuple[list[str], list[str]]:
+    """The names and the addresses in a certificate."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return [], []
+    found = names.get_values_for_type(x509.IPAddress)
+    return names.get_values_for_type(x509.DNSName), [str(one) for one in found]
+
+
+def _require_host(certificate: x509.Certificate, whose: str, host: str) -> None:
+    if not made_out_to(certificate, host):
+        hosts, addresses = _hosts(certificate)
         raise CertificateRefused(
             f"certificate of {whose}: found it made out to "
             f"{printable(', '.join([*hosts, *addresses])) or 'no host'}, expected {host}",

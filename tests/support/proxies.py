@@ -1,12 +1,21 @@
-"""What stands between a site and its coordinator, small and real: SOCKS5 and CONNECT proxies, and a relay that
-swallows bytes. Each listens on loopback and knows one destination, whatever name it is asked for."""
+"""What stands between a site and its coordinator, small and real: SOCKS5 and CONNECT proxies, a relay that
+swallows bytes, and a middlebox that inspects TLS. Each listens on loopback and knows one destination, whatever name it
+is asked for."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import contextlib
+import ssl
+import tempfile
 import threading
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from fedcore.identity.proxies import Proxy
 
@@ -19,12 +28,18 @@ class Middle:
 
     asked: what it was asked for, in order; heard: every byte that it passed on to the coordinator."""
 
+    shows: ssl.SSLContext | None = None
+    trusts: ssl.SSLContext | None = None
+    """Of one that ends TLS: towards the site, and towards the coordinator."""
+
     def __init__(self, to: int) -> None:
         self.to, self.port = to, 0
         self.asked: list[str] = []
         self.heard = bytearray()
-        self.silent = threading.Event()
-        """While set, bytes are read and dropped, in both directions."""
+        self.joined = 0
+        """Connections that reached the coordinator."""
+        self._open: set[asyncio.StreamWriter] = set()
+        self._swallowed: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -39,35 +54,50 @@ class Middle:
         self._thread.join(10)
         self._loop.close()
 
+    def swallow(self) -> None:
+        """From now on nothing passes in the connections that are open now, and neither end is told. New ones work."""
+
+        async def begin():
+            self._swallowed |= self._open
+
+        asyncio.run_coroutine_threadsafe(begin(), self._loop).result(10)
+
     async def _listen(self):
-        self._server = await asyncio.start_server(self._joined, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._joined, "127.0.0.1", 0, ssl=self.shows)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _end(self):
         self._server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for each in others:
-            each.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for each in list(self._open):
+                each.transport.abort()
+            await asyncio.wait(others, timeout=0.1)
 
     async def _joined(self, reader, writer):
+        self._open.add(writer)
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             if await self.greet(reader, writer):
-                far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.to)
+                far_reader, far_writer = await asyncio.open_connection(
+                    "127.0.0.1", self.to, ssl=self.trusts
+                )
+                self.joined += 1
+                self._open.add(far_writer)
                 await asyncio.gather(
                     self._pump(reader, far_writer, self.heard),
                     self._pump(far_reader, writer, bytearray()),
                 )
+                self._open.discard(far_writer)
         writer.close()
+        self._open.discard(writer)
 
     async def _pump(self, reader, writer, heard):
-        try:
+        with contextlib.suppress(OSError):
             while data := await reader.read(1 << 16):
-                if not self.silent.is_set():
+                if writer not in self._swallowed:
                     heard += data
                     writer.write(data)
                     await writer.drain()
-        finally:
+        if writer not in self._swallowed:
             writer.close()
 
     async def greet(self, reader, writer) -> bool:
@@ -144,3 +174,43 @@ class ProxyServer(Middle):
         bound = b"\x03\x04here" if kind == 3 else b"\x01\x7f\0\0\x01"  # both forms of an answer
         writer.write(bytes([5, reply, 0]) + bound + b"\0\0")
         return reply == 0
+
+
+class Inspector(Middle):
+    """A middlebox that inspects TLS: it ends the connection with a certificate of its own for the host, and begins
+    another to the coordinator, whoever that is. heard: what it could read. most: its newest version of TLS."""
+
+    def __init__(self, to: int, host: str, most: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> None:
+        super().__init__(to)
+        self.shows = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.shows.maximum_version = most
+        self.shows.set_alpn_protocols(["h2"])
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(_inspectors_certificate(host))
+            file.flush()
+            self.shows.load_cert_chain(file.name)
+        self.trusts = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.trusts.check_hostname, self.trusts.verify_mode = False, ssl.CERT_NONE
+
+
+def _inspectors_certificate(host: str) -> bytes:
+    """Key and certificate in PEM form, as a proxy makes them at the first connection to a host."""
+    issuer, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Corp Proxy CA")]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
+        .sign(issuer, hashes.SHA256())
+    )
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    return pem + certificate.public_bytes(serialization.Encoding.PEM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 import tomllib
 
 import pytest
@@ -14,14 +15,15 @@ from fedcore_clients.config import read_config
 from fedcore_clients.renewal import Renewal
 from fedcore_clients.session import Session
 
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, CertificateRefused
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import peer_of
 from fedcore.identity.proxies import ProxySection
+from fedcore.local_deployment import free_port
 from fedcore.wire import frames
 from tests.support.federations import new_federation, now, served
 from tests.support.live_sessions import coordinator, joined, until
-from tests.support.proxies import LOGIN, ProxyServer
+from tests.support.proxies import LOGIN, Inspector, ProxyServer
 
 HOST = "hub.example"
 """No name that this machine can resolve."""
@@ -157,6 +159,78 @@ def test_a_running_site_logs_why_its_proxy_does_not_connect(files, tmp_path, cap
     assert "(hint: " in found
     assert LOGIN[1] not in caplog.text
     assert f"no session with {HOST}:{files.config.port}: proxy 127.0.0.1:" in caplog.text
+
+
+# ----------------------------------------------------------------------------------- TLS inspection
+
+BOTH = pytest.mark.parametrize("most", [ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2])
+
+
+def says_inspected(text, where):
+    return text.startswith(
+        f"coordinator {where}: found the connection inspected on the way: a certificate that CN=Corp Proxy CA issued, "
+        "expected one of the federation's authority"
+    )
+
+
+@BOTH
+def test_join_names_what_inspects_tls_and_sends_nothing_to_it(files, tmp_path, most):
+    folder, line = tmp_path / "va", files.invite("va", 7, now())[0]
+    with (
+        served(files) as received,
+        Inspector(files.config.enrol_port, HOST, most) as middle,
+        ProxyServer("http", middle.port) as way,  # which knows the name
+        pytest.raises(CertificateRefused) as caught,
+    ):
+        joining.ask(line, folder, way.proxy, now())
+    where = f"{HOST}:{files.config.enrol_port}"
+    assert says_inspected(str(caught.value), where)
+    assert f"Have {where} exempted from TLS inspection" in caught.value.remedy
+    assert caught.value.check == "inspected"
+    assert not middle.heard
+    assert not received
+    assert not (folder / "joining.json").exists()
+
+
+@BOTH
+def test_run_and_check_name_what_inspects_tls_and_send_nothing_to_it(files, tmp_path, most):
+    folder = joined(files, tmp_path / "va")
+
+    async def scene():
+        async with coordinator(files, now, tmp_path) as hub:
+            with (
+                Inspector(files.config.port, HOST, most) as middle,
+                ProxyServer("socks5", middle.port) as way,
+            ):
+                path = rewritten(folder, proxy=f"socks5://127.0.0.1:{way.port}")
+                lines = await asyncio.to_thread(lambda: list(check.examine(path)))
+                async with site(folder, files.roster()) as (session, _):
+                    await until(lambda: session.last_error)
+                    assert not hub.sessions.open
+                    return {each.name: each for each in lines}, session.last_error, middle.heard
+
+    found, logged, heard = asyncio.run(scene())
+    where = f"{HOST}:{files.config.port}"
+    assert says_inspected(found["tls"].found, where)
+    assert f"Have {where} exempted" in found["tls"].remedy
+    assert "admitted" not in found
+    assert says_inspected(logged, where)
+    assert not heard
+
+
+def test_another_server_at_the_port_is_not_called_an_inspection(files, tmp_path):
+    line = files.invite("va", 7, now())[0]
+    with (
+        Inspector(free_port(), "www.example") as middle,
+        ProxyServer("http", middle.port) as way,
+        pytest.raises(CertificateRefused) as caught,
+    ):
+        joining.ask(line, tmp_path / "va", way.proxy, now())
+    assert ": found another server: a certificate that CN=Corp Proxy CA issued" in str(caught.value)
+    assert caught.value.remedy.endswith("or correct host and port")
+
+
+# ------------------------------------------------------------------------------------ the settings
 
 
 def test_a_site_uses_the_environments_proxy_only_if_its_settings_say_so(
