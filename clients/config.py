@@ -53,6 +53,7 @@ from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.store.sealing import RowSealer
 from fedcore.types import Json
+from fedcore.wire.calls import KEEPALIVE_SECONDS, MOST_KEEPALIVE
 
 POLICY_FILE, JOURNAL_FILE = "policy.toml", "journal.sqlite"
 
@@ -105,7 +106,8 @@ def _in_line(found: object) -> object:
 
 class SiteConfig(CoordinatorAddress):
     """A site as its operator runs it; paths are absolute. base: the file's folder. policy_file: the policy's own file,
-    None where it is in this one. keep_secrets_days: how long the secrets of a job's key epochs stay after its end, for
+    None where it is in this one. keepalive_seconds: between pings on a quiet connection.
+    keep_secrets_days: how long the secrets of a job's key epochs stay after its end, for
     sites that missed its last release."""
 
     refused = dict.fromkeys(
@@ -124,6 +126,7 @@ class SiteConfig(CoordinatorAddress):
     )
     task_network: bool = False
     patience_seconds: float = Field(default=1800.0, gt=0)
+    keepalive_seconds: float = Field(default=KEEPALIVE_SECONDS, ge=0.2, le=MOST_KEEPALIVE)
     keep_secrets_days: float = Field(default=7.0, ge=0)
     spool_bytes: int | None = Field(default=None, ge=1 << 20)
     split: SplitSection = Field(default_factory=SplitSection)

@@ -56,10 +56,6 @@ TELLING_SECONDS = 0.2
 
 OPTIONS = (
     *calls.LENGTHS,
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),  # a connection of its own for every site of a process
@@ -242,8 +238,9 @@ class Session:
         config, self._was_welcome = self._config, False
         out: asyncio.Queue[bytes] = asyncio.Queue()
         async with open_channel(
-            self.kit, *self._place, proxy=config.through, options=OPTIONS, folder=config.folder
-        ) as channel:
+            self.kit, *self._place, proxy=config.through, folder=config.folder,
+            options=(*OPTIONS, *calls.keepalive(config.keepalive_seconds)),
+        ) as channel:  # fmt: skip
             await self._on(channel, out)
 
     async def _on(self, channel: grpc.aio.Channel, out: asyncio.Queue[bytes]) -> None:

@@ -55,11 +55,8 @@ OWN_FILES = ("journal.sqlite*", "coordinator.lock", "spool", "jobs", AUDIT_FILES
 
 KEEPALIVE = (
     ("grpc.server_handshake_timeout_ms", 10_000),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.max_ping_strikes", 0),  # a site may ping as often as its network needs
 )
 
 
@@ -198,7 +195,8 @@ async def _serve(
 ) -> None:
     probes = Probes(hub.sessions.gate)
     most = connection_limit(raise_descriptors(), len(config.listen))
-    server = grpc.aio.server(options=(*SERVER_OPTIONS, *calls.LENGTHS, *KEEPALIVE, *most))
+    pings = calls.keepalive(config.keepalive_seconds)
+    server = grpc.aio.server(options=(*SERVER_OPTIONS, *calls.LENGTHS, *KEEPALIVE, *pings, *most))
     server.add_generic_rpc_handlers([*handlers(hub), *probes.handlers()])
     port, addresses = bind(server, server_credentials(kit), hosts=config.listen, port=config.port)
     with contextlib.ExitStack() as opened:

@@ -2,6 +2,7 @@
 
 name = "hospitals"          roster = "roster.toml"        kit = "kit"         folder = "state"
 listen = ["::"]             port = 7443                   revoked = "revoked.txt"
+keepalive_seconds = 20      # a ping on a connection that was quiet for so long; at most 60
 metrics_port = 9443         # Prometheus counters, on 127.0.0.1 only; off without it
 database = "postgresql://user@host/name"   # for the journal; without it an SQLite file in `folder`
 database_file = "database-url"             # in place of it: a file with the URL, for one with a password
@@ -31,6 +32,7 @@ from fedcore.identity.kit import KEY_FILE, Kit, read_private
 from fedcore.identity.passphrase import KeystoreSection
 from fedcore.identity.preflight import CoordinatorAddress
 from fedcore.identity.proxies import ProxySection
+from fedcore.wire.calls import KEEPALIVE_SECONDS, MOST_KEEPALIVE
 
 OPERATOR_FILE = "operator.toml"
 OPERATOR_VARIABLE = "FEDCORE_OPERATOR"
@@ -89,7 +91,8 @@ class EnrolmentSection(Section):
 
 
 class FederationConfig(Section):
-    """A federation as its coordinator runs it; paths are absolute."""
+    """A federation as its coordinator runs it; paths are absolute. keepalive_seconds: between pings on a quiet
+    connection."""
 
     name: str
     roster: Path
@@ -97,6 +100,7 @@ class FederationConfig(Section):
     folder: Path
     listen: tuple[str, ...] = ("::",)
     port: int = Field(default=7443, ge=0, lt=65536)
+    keepalive_seconds: float = Field(default=KEEPALIVE_SECONDS, ge=0.2, le=MOST_KEEPALIVE)
     metrics_port: int | None = Field(default=None, ge=0, lt=65536)
     enrol_port: int | None = Field(default=None, ge=0, lt=65536)
     revoked: Path | None = None

@@ -81,3 +81,23 @@ LENGTHS = (
     ("grpc.max_send_message_length", frames.MAX_FRAME),
 )
 """Options for servers and channels: grpc refuses longer messages before they are in memory."""
+
+KEEPALIVE_SECONDS, MOST_KEEPALIVE = 20.0, 60.0
+"""Default and most. The shortest times after which middleboxes forget an idle connection are about a minute; Azure's
+balancer takes 4 minutes, that of AWS 350 s."""
+
+
+def keepalive(seconds: float) -> tuple[tuple[str, int], ...]:
+    """Options for servers and channels: a ping after so many seconds without a byte from the other end, also between
+    calls. Where half of that passes without an answer, the connection is over; where a ping of gRPC's own was under way
+    before, after twice that time."""
+    whole = round(1000 * seconds)
+    return (
+        ("grpc.keepalive_time_ms", whole),
+        ("grpc.keepalive_timeout_ms", whole // 2),
+        # Of the pings that measure the link. While one is under way no other is sent; and the answer to it may be
+        # behind seconds of an upload on a slow line, so it has longer.
+        ("grpc.http2.ping_timeout_ms", min(2 * whole, 60_000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -48,9 +48,10 @@ async def coordinator(
     open_here: bool = True,
     audit: Recorder | None = None,
     kit: Kit | None = None,
+    options: Sequence[tuple[str, int]] = (),
 ) -> AsyncIterator[Coordinator]:
     """A coordinator with no job, at the port of its settings. open_here: whether it can open the authority's key; kit:
-    another one than the federation's."""
+    another one than the federation's; options: further ones of gRPC."""
     config, authority = files.config, files.authority_pem
     kit = kit or Kit.load(config.kit)
     enrolments = Enrolments(files, authority_of(files) if open_here else None, clock)
@@ -62,7 +63,7 @@ async def coordinator(
             audit=audit or NoTrail(),
         )  # fmt: skip
         gate = Gate(config.name, context.rosters, Revocations(config.revoked), clock, pytest.fail)
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = grpc.aio.server(options=(*SERVER_OPTIONS, *options))
         hub = Coordinator(context, gate)
         server.add_generic_rpc_handlers(handlers(hub))
         bind(server, server_credentials(kit), hosts=["127.0.0.1"], port=config.port)

@@ -14,16 +14,17 @@ from fedcore_clients import check, joining
 from fedcore_clients.config import read_config
 from fedcore_clients.renewal import Renewal
 from fedcore_clients.session import Session
+from fedcore_server.app import KEEPALIVE
 
 from fedcore.errors import BadInput, CertificateRefused
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import peer_of
 from fedcore.identity.proxies import ProxySection
 from fedcore.local_deployment import free_port
-from fedcore.wire import frames
+from fedcore.wire import calls, frames
 from tests.support.federations import new_federation, now, served
 from tests.support.live_sessions import coordinator, joined, until
-from tests.support.proxies import LOGIN, Inspector, ProxyServer
+from tests.support.proxies import LOGIN, Inspector, Middle, ProxyServer
 
 HOST = "hub.example"
 """No name that this machine can resolve."""
@@ -228,6 +229,69 @@ def test_another_server_at_the_port_is_not_called_an_inspection(files, tmp_path)
         joining.ask(line, tmp_path / "va", way.proxy, now())
     assert ": found another server: a certificate that CN=Corp Proxy CA issued" in str(caught.value)
     assert caught.value.remedy.endswith("or correct host and port")
+
+
+# ------------------------------------------------------------------------------------- keep-alive
+
+
+def test_a_connection_that_a_middlebox_forgot_is_noticed_and_the_session_resumes(tmp_path):
+    files = new_federation(tmp_path / "federation")  # for loopback: no proxy
+    folder = joined(files, tmp_path / "va")
+
+    async def scene():
+        async with coordinator(files, now, tmp_path) as hub:
+            with Middle(files.config.port) as relay:
+                where = f"localhost:{relay.port}"
+                rewritten(folder, coordinator=where, keepalive_seconds=0.4)
+                async with site(folder, files.roster()) as (session, _):
+                    await until(lambda: session.since is not None)
+                    first, before = session.since, hub.sessions.open["va"]
+                    relay.swallow()
+                    await until(lambda: session.since not in {None, first})
+                    await until(lambda: hub.sessions.open.get("va", before) is not before)
+                    return relay.joined
+
+    assert asyncio.run(scene()) > 1
+
+
+def test_a_coordinator_notices_a_site_behind_a_middlebox_that_forgot_it(tmp_path):
+    files = new_federation(tmp_path / "federation")
+    folder = joined(files, tmp_path / "va")
+
+    async def scene():
+        async with coordinator(files, now, tmp_path, options=calls.keepalive(0.4)) as hub:
+            with Middle(files.config.port) as relay:
+                rewritten(folder, coordinator=f"localhost:{relay.port}")
+                async with site(folder, files.roster()) as (session, _):
+                    await until(lambda: session.since is not None)
+                    relay.swallow()  # what the site closes now is not heard at the coordinator
+                assert "va" in hub.sessions.open
+                await until(lambda: "va" not in hub.sessions.open)
+
+    asyncio.run(scene())
+
+
+def test_frequent_pings_are_permitted(tmp_path):
+    """A server that counts them ends the connection at the second one: ENHANCE_YOUR_CALM."""
+    files = new_federation(tmp_path / "federation")
+    folder = joined(files, tmp_path / "va")
+
+    async def scene(options):
+        async with coordinator(files, now, tmp_path, options=options):
+            with Middle(files.config.port) as relay:
+                where = f"localhost:{relay.port}"
+                rewritten(folder, coordinator=where, keepalive_seconds=0.2)
+                async with site(folder, files.roster()) as (session, _):
+                    await until(lambda: session.since is not None)
+                    first, size = session.since, len(relay.heard)
+                    pinged = size + 3 * 39  # bytes of three pings and their TLS records
+                    await until(lambda: len(relay.heard) > pinged or session.since != first)
+                    return session.since == first
+
+    strict = ("grpc.http2.min_ping_interval_without_data_ms", 300_000)
+    assert not asyncio.run(scene((strict, ("grpc.http2.max_ping_strikes", 1))))
+    permitted = [each for each in KEEPALIVE if each[0] != strict[0]]
+    assert asyncio.run(scene((strict, *permitted)))
 
 
 # ------------------------------------------------------------------------------------ the settings
