@@ -398,4 +398,4 @@ def _hashes(event: Event) -> bool:
     """Whether the machine hashes a whole state at this event."""
     if isinstance(event, events.MessageReceived):
         return isinstance(event.message, messages.Announce | messages.Certificate)
-    return isinstance(event, events.CheckpointReady)
+    return isinstance(event, events.CheckpointReady | events.CheckedSum)

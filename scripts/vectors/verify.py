@@ -90,7 +90,7 @@ RECORDS = {
     "Answer": "of:S kind:S share:B",
     "Unmask": "header:B site:S answers:[Answer]",
     "Statement": "header:B site:S survivors:B sum_mac:B state_mac:B signature:B",
-    "Announce": "header:RoundHeader",
+    "Announce": "header:RoundHeader keys:[Keys]",
     "KeyBundle": "header:B keys:[Keys]",
     "Delivery": "header:B heads:[SharesHead] parcels:[Parcel]",
     "SurvivorList": "header:B submissions:[Submit]",
@@ -734,7 +734,7 @@ class Round:
         aggregate = record("Aggregate", self.h, self.submits, sha256(sha256(data)), len(data))
         gone = [name for name in everybody if name not in left]
         if not self.masking:
-            yield hub, everybody, record("Announce", self.header_record)
+            yield hub, everybody, record("Announce", self.header_record, [])
             yield from ((each["site"], [hub], each) for each in self.submits)
             yield hub, left, aggregate
             yield from ((each["site"], [hub], each) for each in self.statements)
@@ -742,7 +742,7 @@ class Round:
             yield hub, gone, record("Abandon", self.h, "submit")
             return
         keys = [self.keys(site) for site in self.sites.values()]
-        yield hub, everybody, record("Announce", self.header_record)
+        yield hub, everybody, record("Announce", self.header_record, [])
         yield from ((each["site"], [hub], each) for each in keys)
         yield hub, everybody, record("KeyBundle", self.h, keys)
         yield from ((name, [hub], shares) for name, shares in self.shares.items())

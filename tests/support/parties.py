@@ -110,10 +110,12 @@ class Died(Exception):
 class Parties:
     """n sites and their coordinator between rounds. Stages are replaced, never changed.
 
-    cut: {who: how many more effects it carries out before its process ends}.
+    cut: {who: how many more effects it carries out before its process ends}. ahead: whether sites send keys for the
+    next round with their statement.
     """
 
-    def __init__(self, n, threshold=0, protection="masked"):
+    def __init__(self, n, threshold=0, protection="masked", ahead=False):
+        self.ahead, self.kept = ahead, {}
         self.plan = plan_of(n, threshold, protection)
         self.sites = self.plan.sites
         identities = {name: IdentityKey() for name in self.sites}
@@ -152,7 +154,11 @@ class Parties:
         """Announce a round; nothing is delivered yet."""
         self.absences = absences
         self.made, self.removed, self.folded = {}, None, []
-        self.step(HUB, coordinator.Start(self.header(), SIZE, self.plan.salt_bytes))
+        header, salt = self.header(), self.plan.salt_bytes
+        keys, self.kept = coordinator.ahead_of(self.hub, header, self.kept), {}
+        if not keys and self.ahead:  # the sites may have used this number up
+            header = replace(header, round=header.round + 1)
+        self.step(HUB, coordinator.Start(header, SIZE, salt, keys))
 
     def play(self, choose=None, **absences):
         """One whole round; returns the coordinator's last stage."""
@@ -216,7 +222,7 @@ class Parties:
 
     def deliver(self, to, event):
         """As a shell does: what a machine refuses makes the site leave, and the coordinator go on."""
-        if self.absent(to, event):
+        if self.absent(to, event) or self.keeps(to, event):
             return
         try:
             self.step(to, event)
@@ -228,6 +234,14 @@ class Parties:
                 self.step(to, site.CheckFailed(error))
             elif isinstance(event, site.Invited):
                 self.step(to, site.Declined(event.announce.header))
+
+    def keeps(self, to, event):
+        """Whether these are keys of a round that has not begun: the coordinator's shell keeps them."""
+        keys, under_way = getattr(event, "message", None), getattr(self.stages[HUB], "header", None)
+        if to != HUB or not isinstance(keys, messages.Keys) or keys.header == under_way.digest:
+            return False
+        self.kept[event.sender] = keys
+        return True
 
     def absent(self, to, event):
         message = getattr(event, "announce", getattr(event, "message", event))
@@ -301,7 +315,19 @@ class Parties:
             error = TagRefused("sum: found another tag, expected the survivors'")
             return site.CheckFailed(error, b"sealed cause")
         mine = who if who in self.contrary else ""
-        return site.SumOpened(hashed("sum", digest, mine), hashed("new state", header.round, mine))
+        macs = hashed("sum", digest, mine), hashed("new state", header.round, mine)
+        return site.SumOpened(*macs, self.following(who, header, *macs))
+
+    def following(self, who, header, *macs):
+        if not self.ahead or not self.plan.layers.masks:
+            return None
+        survivors = messages.survivors_of(self.stages[who].submissions)
+        certificate = messages.Certificate(header, survivors, *macs, ()).hash
+        number = header.round + 1
+        later = replace(
+            header, round=number, training_round=number, roster=survivors, certificate=certificate
+        )
+        return site.Following(later, self.tags.get(who, STATE))
 
     def later(self, who, event):
         self.queue.append((who, who, event))

@@ -173,9 +173,14 @@ LEFT, MATERIAL, RELEASE_REFUSED = "left", "another site's material", "release re
 
 @record("Announce")
 class Announce:
-    """A round begins, for the sites of the header's roster."""
+    """A round begins, for the sites of the header's roster.
+
+    keys: the key bundle (U1), where every site of the roster sent its keys ahead, with its statement of the round
+    before; the next message of a site is then its shares. Empty where keys are asked for.
+    """
 
     header: RoundHeader
+    keys: tuple[Keys, ...] = ()
 
 
 @record("KeyBundle")

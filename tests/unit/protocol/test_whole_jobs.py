@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from support.whole_jobs import HUB, LIMITS, SITES, Hub, Jobs, Site
 
+from fedcore.secagg.protocol import job_messages, messages
 from fedcore.secagg.protocol.effects import Send
 
 STEPS = [("range", 0), ("update", 1), ("update", 2), ("metrics", 3)]
@@ -132,3 +133,44 @@ def test_control_a_message_before_its_record_is_noticed(party):
     machine.step = sends_first(machine.step)
     with pytest.raises(AssertionError, match="sent before it is on disk"):
         world.play()
+
+
+def heard(world):
+    """(to, message) of all that was sent, as it is sent."""
+    found, say = [], world.say
+
+    def listening(sender, to, message):
+        found.append((to, message))
+        say(sender, to, message)
+
+    world.say = listening
+    return found
+
+
+def test_every_round_after_the_first_begins_with_keys_that_were_sent_ahead():
+    """No site is asked for keys or for its status between two rounds, and no number is left out."""
+    world = Jobs(0, rounds=4)
+    said = heard(world)
+    world.play()
+    released(world)
+    announced = {m.header.round: m for to, m in said if isinstance(m, messages.Announce)}
+    first, *others = sorted(announced)
+    assert others == list(range(first + 1, first + 6))
+    assert [len(announced[number].keys) for number in (first, *others)] == [0, 4, 4, 4, 4, 4]
+    bundles = [m for _, m in said if isinstance(m, messages.KeyBundle)]
+    assert {m.header for m in bundles} == {announced[first].header.digest}
+    statuses = [m.round for to, m in said if to == HUB and isinstance(m, job_messages.SiteStatus)]
+    assert set(statuses) <= {0, others[-1]}, "before the first round, and after the last"
+
+
+def test_a_round_of_other_sites_than_expected_asks_for_keys_under_a_later_number():
+    """b fails in round 2: the others send keys for a round without it, and it is back in round 3."""
+    world = Jobs(0, rounds=4, failing={("b", 2): 1})
+    said = heard(world)
+    world.play()
+    released(world)
+    rounds = {m.header.training_round: m for to, m in said if isinstance(m, messages.Announce)}
+    assert [rounds[each].header.roster for each in (2, 3, 4)] == [SITES] * 3
+    assert [len(rounds[each].keys) for each in (2, 3, 4)] == [4, 0, 4]
+    numbers = [rounds[each].header.round for each in (2, 3, 4)]
+    assert numbers == [numbers[0], numbers[0] + 2, numbers[0] + 3]

@@ -280,6 +280,8 @@ class JobMachine:
             case messages.Submit():
                 self.rounds.submitted(name, message)
                 self.take_upload(name)
+            case messages.Keys() if self.rounds.keep_ahead(name, message):
+                pass
             case job_messages.KeysErased():
                 raise OutOfOrder("keys", "them erased", "them held until the job ends", name)
             case messages.Leave(code=messages.RELEASE_REFUSED, header=header) if (
@@ -473,6 +475,8 @@ class JobMachine:
             self.metrics.released()
         self.do(found)
         self.do([effects.ShowRound(), effects.DiscardUploads(stage.header.digest)])
+        for status in self.rounds.at_rest():
+            self._at_rest(status.site, status)
         if text := self.rounds.tried_enough():
             self.end("abandoned", text)
 

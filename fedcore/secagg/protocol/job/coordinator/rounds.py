@@ -6,6 +6,7 @@ ends meanwhile loses only messages that their senders resend.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from fedcore.results import AbandonedRound, JobRow
 from fedcore.secagg.crypto.identity_key import roster_digest
@@ -15,6 +16,7 @@ from fedcore.secagg.protocol.effects import Persist
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
 from fedcore.secagg.protocol.job.effects import JobEffects
+from fedcore.secagg.protocol.job_messages import SiteStatus
 from fedcore.secagg.protocol.round import coordinator
 from fedcore.secagg.protocol.wire_form import encode
 from fedcore.types import SiteId
@@ -40,6 +42,9 @@ class RoundDriver:
         )
         self._submits: dict[SiteId, messages.Submit] = {}
         self._uploads: dict[SiteId, KeptFile] = {}
+        self._ahead: dict[SiteId, messages.Keys] = {}
+        """Keys that sites sent for the round after the one under way, the last of each. Not on disk: without them keys
+        are asked for."""
         self._sum_size: int | None = None
         self._begun = self._stage_since = 0.0
         self._stage_seconds: dict[str, float] = {}
@@ -59,6 +64,7 @@ class RoundDriver:
 
     def _clear(self, at: Moment) -> None:
         self._submits, self._uploads, self._sum_size = {}, {}, None
+        self._ahead = {}
         self._begun = self._stage_since = at.now
         self._stage_seconds = {}
         self._restarted, self._unsaved = False, effects.AppendRecords(())
@@ -76,10 +82,34 @@ class RoundDriver:
             step.training_round, step.purpose, roster, roster_digest(facts.pins),
             plan.threshold, plan.protection, plan.digest, facts.released,
         )  # fmt: skip
+        keys = coordinator.ahead_of(self._hub, header, self._ahead)
+        if self._ahead and not keys:  # this number may be used up
+            header = replace(header, round=header.round + 1)
         self._clear(at)
         for name in roster:
             facts.sites[name].rest = None
-        return header, coordinator.Start(header, facts.sizes[step.purpose], plan.salt_bytes)
+        return header, coordinator.Start(header, facts.sizes[step.purpose], plan.salt_bytes, keys)
+
+    def keep_ahead(self, name: SiteId, keys: messages.Keys) -> bool:
+        """Whether these are keys for another round than the one under way: kept for the next."""
+        under_way = self._facts.round
+        if under_way is not None and under_way.header.digest == keys.header:
+            return False
+        self._ahead[name] = keys
+        return True
+
+    def at_rest(self) -> list[SiteStatus]:
+        """The status of each site that signed the certificate of this release and sent keys ahead: it follows from
+        both, and no such site sends it."""
+        facts, stage = self._facts, self._facts.stage
+        if not isinstance(stage, coordinator.Released):
+            return []
+        number, found = stage.header.round, stage.certificate
+        return [
+            SiteStatus(facts.id, name, stage.header.epoch, found.hash, number)
+            for name, _ in found.signatures
+            if name in self._ahead
+        ]
 
     def take(self, event: coordinator.CoordinatorEvent, at: Moment) -> JobEffects:
         """One event of the round. Raises PeerRefused for what is not legal there.

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedcore.errors import PeerRefused, PolicyRefused, ReleaseRefused
+from fedcore.learning.state import JobState
 from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol import messages, schedule
 from fedcore.secagg.protocol.job import effects
@@ -124,9 +125,8 @@ class RoundDriver:
                 plan, features = self.agreed.plan, self.agreed.features
                 schedule.check_step(plan, features, self._states.current.done, header)
                 self.announced = now
-            secrets, state = self._keys.secrets, self._states.current
-            tag = secrets.tag(header, state.canonical()) if secrets and state else b""
-            yield from self.step(site.Invited(announce, tag), now, refusing=False)
+            invited = site.Invited(announce, self._tag_for(header))
+            yield from self.step(invited, now, refusing=False)
             yield self.tidy()
         except PeerRefused as error:
             yield from self.part.note(error)
@@ -180,7 +180,8 @@ class RoundDriver:
             case events.CheckedSum(_, opened, certificate, state, data):
                 self._states.hold(certificate, state, data)
                 self._sum = done
-                yield from self.step(opened, now)
+                following = self._following(certificate, state)
+                yield from self.step(replace(opened, following=following), now)
             case events.SumGone():
                 if self.early is not None:
                     self.early = None
@@ -188,6 +189,32 @@ class RoundDriver:
             case events.WorkFailed(_, error, told):
                 sealed = b"" if told is None else self.sealed(told)
                 yield from self.step(site.CheckFailed(error, sealed), now)
+
+    def _following(self, certificate: str, state: JobState) -> site.Following | None:
+        """The round after the release of the sum that is being opened, as its coordinator announces it where all
+        survivors go on. None where no round follows, or it has no keys."""
+        stage, secrets = self.stage, self._keys.secrets
+        if not isinstance(stage, site.Opening) or not stage.header.layers.masks:
+            return None
+        if secrets is None or state.done is None or self.part.out:
+            return None
+        plan, features = self.agreed.plan, self.agreed.features
+        step = schedule.step_after(plan, features, state.done, released=True)
+        if step is None:
+            return None
+        header = replace(
+            stage.header, round=stage.header.round + 1, training_round=step.training_round,
+            purpose=step.purpose, roster=survivors_of(stage.submissions), certificate=certificate,
+        )  # fmt: skip
+        return site.Following(header, secrets.tag(header, state.canonical()))
+
+    def _tag_for(self, header: RoundHeader) -> bytes:
+        """HMAC under G of this site's own state in a round."""
+        ahead = self.stage.ahead if isinstance(self.stage, site.Idle) else None
+        if ahead is not None and ahead.header == header:
+            return ahead.state_tag  # made of this very state
+        secrets, state = self._keys.secrets, self._states.current
+        return secrets.tag(header, state.canonical()) if secrets and state else b""
 
     def sealed(self, cause: str) -> bytes:
         """A sealed notice to the other sites. All notices have one length, so that the coordinator cannot tell the
@@ -224,7 +251,10 @@ class RoundDriver:
             self.early = None  # or it would end the next round
             self.ended = True
             yield effects.StopMaking()
-            yield from self.send_status()
+            if isinstance(after, site.Idle) and after.ahead is not None:
+                yield effects.Report("waiting")  # its keys for the next round imply its status
+            else:
+                yield from self.send_status()
         elif isinstance(after, site.Stated) and self.early is not None:
             certificate, self.early = self.early, None
             if self.is_round(certificate.header.digest):
@@ -339,8 +369,11 @@ class RoundDriver:
             yield effects.Report("idle")
             return
         if isinstance(self.stage, site.Idle) and self._keys.secrets is not None:
-            at = self.standing
-            where = SiteStatus(self.part.job, self._me.id, at.epoch, at.certificate, at.round)
+            at, ahead = self.standing, self.stage.ahead
+            number = (
+                at.round if ahead is None else ahead.header.round - 1
+            )  # it can still join that round
+            where = SiteStatus(self.part.job, self._me.id, at.epoch, at.certificate, number)
             yield effects.Send(COORDINATOR, where)
         yield effects.Report("waiting")
 

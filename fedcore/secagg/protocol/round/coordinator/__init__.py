@@ -18,3 +18,4 @@ from fedcore.secagg.protocol.round.coordinator.entries import *
 from fedcore.secagg.protocol.round.coordinator.events import *
 from fedcore.secagg.protocol.round.coordinator.machine import *
 from fedcore.secagg.protocol.round.coordinator.stages import *
+from fedcore.secagg.protocol.round.coordinator.taking import ahead_of as ahead_of

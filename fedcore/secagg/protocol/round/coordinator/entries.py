@@ -156,8 +156,8 @@ def evolve(stage: stages.CoordinatorStage, entry: CoordinatorEntry) -> stages.Co
         case KeysTaken(keys) if isinstance(stage, stages.Advertising):
             return replace(stage, keys=in_order(stage.header.roster, (*stage.keys, keys)))
         case BundleFixed(bundle, gone) if isinstance(stage, stages.Advertising):
-            gone = _merged(stage.gone, gone)
-            return stages.Sharing(stage.header, stage.size, stage.salt, bundle, (), gone)
+            gone, ahead = _merged(stage.gone, gone), int(not stage.keys)
+            return stages.Sharing(stage.header, stage.size, stage.salt, bundle, (), gone, ahead)
         case SharesTaken(shares) if isinstance(stage, stages.Sharing):
             return replace(stage, shares=in_order(stage.header.roster, (*stage.shares, shares)))
         case CohortFixed() if isinstance(stage, stages.Sharing):

@@ -25,11 +25,12 @@ class CoordinatorParams:
 @dataclass(frozen=True)
 class Start:
     """Begin a round. size: bytes of one protected vector, salt: of the salt beside it, which both follow
-    from the plan."""
+    from the plan. keys: of every site of its roster, sent ahead; or none, and they are asked for."""
 
     header: RoundHeader
     size: int
     salt: int = 0
+    keys: tuple[messages.Keys, ...] = ()
 
 
 @dataclass(frozen=True)

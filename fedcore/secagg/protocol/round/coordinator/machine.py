@@ -1,6 +1,6 @@
 """The table of the coordinator's legal moves, and `step`."""
 
-from fedcore.errors import SecondSum
+from fedcore.errors import KeyRefused, SecondSum
 from fedcore.secagg.protocol import checks, effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR, survivors_of
 from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, not_legal, on, table
@@ -17,7 +17,15 @@ def _start(move: CoordinatorMove, stage: stages.Between, event: events.Start) ->
         )  # fmt: skip
     checks.grows("round", header.round, stage.round)
     checks.roster(header, move.hub.pins, header.threshold)
+    if event.keys:
+        if not isinstance(stage, stages.Released):
+            raise KeyRefused(
+                "keys ahead", "some", "none: no release is before this round", COORDINATOR
+            )
+        taking.check_ahead(move.hub, header, event.keys)
     move.record(entries.RoundStarted(header, event.size, event.salt))
+    if event.keys:
+        move.record(entries.BundleFixed(event.keys, ()))
     closing.ask(move)
 
 
@@ -47,7 +55,8 @@ MOVES = table(
     on(stages.Unmasking, messages.Unmask, taking.take_answer, stages.Summing, stages.Failed),
     on(stages.Summing, events.SumReady, closing.publish, stages.Releasing, stages.Failed),
     on(stages.Releasing, messages.Statement, taking.take_statement, stages.Released, stages.Failed),
-    on(stages.ENDED, events.Start, _start, stages.Advertising, stages.Collecting),
+    on(stages.Released, events.Start, _start, stages.Advertising, stages.Sharing, stages.Collecting),
+    on(stages.Failed, events.Start, _start, stages.Advertising, stages.Collecting),
     on(stages.IN_ROUND, messages.Leave, taking.take_leave, stages.Failed),
     on(stages.IN_ROUND, events.Gone, taking.take_gone, stages.Failed),
     on(stages.IN_ROUND, Tick, ignore, stages.Failed),  # `settle` follows every event

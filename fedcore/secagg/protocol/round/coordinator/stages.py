@@ -42,6 +42,8 @@ class Sharing(Timed):
     bundle: tuple[messages.Keys, ...]
     shares: tuple[messages.Shares, ...] = ()
     gone: tuple[SiteId, ...] = ()
+    ahead: int = 0
+    """1 where the round began with keys that were sent ahead: the bundle is part of its announcement."""
 
 
 @record("Collecting")
@@ -273,7 +275,7 @@ def is_first(stage: CoordinatorStage) -> bool:
     """Whether a round begins with this stage: the sites it waits for may not have heard of the round."""
     if isinstance(stage, Collecting):
         return not stage.header.layers.masks
-    return isinstance(stage, Advertising)
+    return isinstance(stage, Advertising) or (isinstance(stage, Sharing) and bool(stage.ahead))
 
 
 def asked(stage: CoordinatorStage) -> tuple[SiteId, ...]:
@@ -294,6 +296,8 @@ def request_for(stage: CoordinatorStage, site: SiteId) -> messages.CoordinatorMe
             return messages.Announce(header)
         case Collecting(header=header) if not header.layers.masks:
             return messages.Announce(header)
+        case Sharing(header=header, bundle=bundle, ahead=1):
+            return messages.Announce(header, bundle)
         case Sharing(header=header, bundle=bundle):
             return messages.KeyBundle(header.digest, bundle)
         case Collecting(header=header, shares=shares):

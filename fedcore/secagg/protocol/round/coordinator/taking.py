@@ -1,9 +1,18 @@
 """The messages of the sites, and the checks that each must pass before it counts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
-from fedcore.errors import Conflicting, ListRefused, RosterRefused, ShareRefused, VectorRefused
+from fedcore.errors import (
+    Conflicting,
+    ListRefused,
+    ProtocolRefused,
+    RosterRefused,
+    ShareRefused,
+    StateDiffers,
+    VectorRefused,
+)
 from fedcore.secagg.crypto.sealed import NOTICE_LENGTH
+from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import checks, effects, messages
 from fedcore.secagg.protocol.messages import check_signature, listed, survivors_of
 from fedcore.secagg.protocol.round.coordinator import entries, events, stages
@@ -16,6 +25,33 @@ def take_keys(move: CoordinatorMove, stage: stages.Advertising, keys: messages.K
     """One site's keys. Raises a ProtocolRefused."""
     checks.keys(keys, stage.header, move.hub.pins)
     move.record(entries.KeysTaken(keys))
+
+
+def check_ahead(
+    hub: events.CoordinatorParams, header: RoundHeader, found: Sequence[messages.Keys]
+) -> None:
+    """Keys that were sent ahead: one of each site of the roster, of this round and of one state. Raises a
+    ProtocolRefused."""
+    checks.members([keys.site for keys in found], header.roster, len(header.roster), "keys ahead")
+    for keys in found:
+        checks.keys(keys, header, hub.pins)
+        if started_from(keys) != started_from(found[0]):
+            raise StateDiffers(
+                "keys ahead", f"another state or key epoch at {keys.site!r}",
+                f"that of {found[0].site!r}", keys.site,
+            )  # fmt: skip
+
+
+def ahead_of(
+    hub: events.CoordinatorParams, header: RoundHeader, kept: Mapping[SiteId, messages.Keys]
+) -> tuple[messages.Keys, ...]:
+    """The keys with which this round can begin; none unless every site of its roster sent its keys ahead."""
+    found = tuple(kept[site] for site in header.roster if site in kept)
+    try:
+        check_ahead(hub, header, found)
+    except ProtocolRefused:
+        return ()
+    return found
 
 
 def take_shares(move: CoordinatorMove, stage: stages.Sharing, shares: messages.Shares) -> None:

@@ -13,32 +13,60 @@ from fedcore.secagg.protocol.effects import MakeVector
 from fedcore.secagg.protocol.messages import COORDINATOR, Keys, check_signature, sign
 from fedcore.secagg.protocol.round.site import entries, events, stages
 from fedcore.secagg.protocol.round.site.entries import SiteMove
+from fedcore.secagg.protocol.round.site.sharing import share_secrets
 from fedcore.secagg.protocol.round.site.stages import SiteProgress, exchange
 from fedcore.types import SiteId
 
 
 def join_round(move: SiteMove, stage: stages.Idle, event: events.Invited) -> None:
-    """Use up the round number and send keys, or under `encrypted` begin with the vector."""
-    member, standing, header = move.member, stage.standing, event.announce.header
-    _check_invitation(member, standing, header)
+    """Use up the round number and send keys, or under `encrypted` begin with the vector.
+
+    Where the announcement has the keys that all sites sent ahead, this site's among them, shares follow at once.
+    """
+    member, standing, announce = move.member, stage.standing, event.announce
+    header, ahead = announce.header, stage.ahead
+    if ahead is not None and (ahead.header, ahead.state_tag) != (header, event.state_tag):
+        ahead = None
+    _check_invitation(member, standing, header, ahead)
     check_company(member, header, header.roster, "cohort")
+    if announce.keys and ahead is None:
+        raise errors.KeyRefused(
+            "announcement", "keys that were sent ahead", "none: this site sent none for this round",
+            COORDINATOR,
+        )  # fmt: skip
     if not header.layers.masks:
         move.record(entries.JoinedUnmasked(header, event.state_tag, exchange(event.announce)))
         move.do(MakeVector(header, event.state_tag, ()))
         return
+    if ahead is None:
+        ahead = draw_keys(member, header, event.state_tag, standing.key_id)
+    found = header, event.state_tag, ahead.secrets, ahead.keys
+    if announce.keys:
+        move.record(entries.Joined(*found, exchange(announce)))
+        assert isinstance(move.stage, stages.Advertised)
+        share_secrets(move, move.stage, messages.KeyBundle(header.digest, announce.keys))
+        return
+    move.record(entries.Joined(*found, exchange(announce, ahead.keys)))
+    move.send(ahead.keys)
+
+
+def draw_keys(
+    member: events.SiteParams, header: RoundHeader, state_tag: bytes, key_id: bytes
+) -> stages.Ahead:
+    """Fresh secrets and signed keys for one round."""
     root, self_seed = member.entropy.draw(32), member.entropy.draw(32)
     channel = HybridKey.draw(member.entropy)
     public = channel.public, MaskRoot(root).keys.public, hashlib.sha256(self_seed).digest()
-    keys = Keys(header.digest, member.id, *public, event.state_tag, standing.key_id, b"")
-    keys = sign(keys, member.identity)
+    keys = Keys(header.digest, member.id, *public, state_tag, key_id, b"")
     secrets = stages.Secrets(*map(SecretBytes, (root, self_seed, channel.to_bytes())))
-    answer = exchange(event.announce, keys)
-    move.record(entries.Joined(header, event.state_tag, secrets, keys, answer))
-    move.send(keys)
+    return stages.Ahead(header, state_tag, secrets, sign(keys, member.identity))
 
 
 def _check_invitation(
-    member: events.SiteParams, standing: SiteProgress, header: RoundHeader
+    member: events.SiteParams,
+    standing: SiteProgress,
+    header: RoundHeader,
+    ahead: stages.Ahead | None,
 ) -> None:
     checks.roster(header, member.pins, member.least, member.id)
     checks.round_threshold(header, member.plan.threshold)
@@ -54,7 +82,8 @@ def _check_invitation(
             remedy="install the announced epoch's secrets first",
         )  # fmt: skip
     _check_one_sum(standing, header)
-    checks.grows("round", header.round, standing.round)
+    if ahead is None:  # else its number was used up for this very round
+        checks.grows("round", header.round, standing.round)
     if standing.proved > standing.released:
         raise errors.OldFolder(
             "round", f"an invitation to round {header.round}",
@@ -100,8 +129,10 @@ def _check_one_sum(standing: SiteProgress, header: RoundHeader) -> None:
         )  # fmt: skip
 
 
-def decline(move: SiteMove, _: stages.Between, event: events.Declined) -> None:
-    """Leave a round that this site did not join."""
+def decline(move: SiteMove, stage: stages.Between, event: events.Declined) -> None:
+    """Leave a round that this site did not join. Keys that were sent ahead for it are not used any more."""
+    if isinstance(stage, stages.Idle):
+        move.stage = stages.Idle(stage.standing)
     move.leave(event.header)
 
 

@@ -96,6 +96,13 @@ class SumStated:
     statement: messages.Statement
 
 
+@record("KeysSentAhead")
+class KeysSentAhead:
+    """Keys for the round of this number are sent: it is used up, also where another round follows."""
+
+    round: int
+
+
 @record("Certified")
 class Certified:
     """The release is proved; the new state is on disk beside this record."""
@@ -141,7 +148,7 @@ class FolderFoundOld:
 
 SiteEntry = (
     Joined | JoinedUnmasked | SharesMade | DeliveryOpened | VectorSpooled | ListSigned |
-    UnmaskAnswered | SumAnnounced | SumStated | Certified | Departed | ReleaseRefusedHere |
+    UnmaskAnswered | SumAnnounced | SumStated | KeysSentAhead | Certified | Departed | ReleaseRefusedHere |
     EpochInstalled | CheckpointTaken | FolderFoundOld
 )  # fmt: skip
 
@@ -194,6 +201,8 @@ def evolve(stage: stages.SiteStage, entry: SiteEntry) -> stages.SiteStage:
             return stages.Stated(
                 stage.standing, stage.header, stage.submissions, statement, history
             )
+        case KeysSentAhead(number) if isinstance(stage, stages.Stated):
+            return replace(stage, standing=replace(stage.standing, round=number))
         case Certified(certificate) if isinstance(stage, stages.Stated):
             return stages.Idle(_released(stage.standing, certificate))
         case CheckpointTaken(certificate) if isinstance(stage, stages.Idle):

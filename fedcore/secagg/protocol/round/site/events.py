@@ -78,11 +78,24 @@ class VectorMade:
 
 
 @dataclass(frozen=True)
+class Following:
+    """The round that follows the release of this one, with its survivors as cohort: its header, which names the
+    certificate that this sum leads to, and the HMAC under G of the state after this one."""
+
+    header: RoundHeader
+    state_tag: bytes
+
+
+@dataclass(frozen=True)
 class SumOpened:
-    """The sum decrypted and its tag held; HMACs under G of the sum and of the state it leads to."""
+    """The sum decrypted and its tag held; HMACs under G of the sum and of the state it leads to.
+
+    following: the round to send keys ahead for; None where none follows, or under `encrypted`.
+    """
 
     sum_mac: bytes
     state_mac: bytes
+    following: Following | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ from fedcore.secagg.protocol.round.site.stages import answered
 from fedcore.secagg.protocol.wire_form import type_name
 
 MOVES = table(
-    on(stages.Idle, events.Invited, between.join_round, stages.Advertised, stages.Masking),
+    on(
+        stages.Idle,
+        events.Invited,
+        between.join_round,
+        stages.Advertised,
+        stages.Shared,
+        stages.Masking,
+    ),
     on(stages.BETWEEN, events.NewEpoch, between.install_epoch, stages.Idle),
     on(stages.Idle, events.CaughtUp, between.catch_up, stages.Idle),
     on(stages.Idle, messages.Certificate, between.check_certified),

@@ -3,6 +3,8 @@
 And how a site leaves a round before that, refuses its release, or resends what may be lost (PROTOCOL D).
 """
 
+from dataclasses import replace
+
 from fedcore.errors import (
     EnvelopeRefused,
     ListRefused,
@@ -15,7 +17,7 @@ from fedcore.secagg.protocol import checks, effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR, listed, sign, survivors_of
 from fedcore.secagg.protocol.moves import Restarted
 from fedcore.secagg.protocol.round.site import entries, events, stages
-from fedcore.secagg.protocol.round.site.between import check_company
+from fedcore.secagg.protocol.round.site.between import check_company, draw_keys
 from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.round.site.stages import exchange
 from fedcore.secagg.protocol.wire_form import digest, type_name
@@ -123,11 +125,18 @@ def open_sum(stage: stages.Opening) -> effects.OpenSum:
 
 
 def state_sum(move: SiteMove, stage: stages.Opening, opened: events.SumOpened) -> None:
-    """Sign what was found in the sum."""
+    """Sign what was found in the sum; with it go keys for the next round, first: the statement may end this one."""
     member, h = move.member, stage.header.digest
     found = digest(survivors_of(stage.submissions)), opened.sum_mac, opened.state_mac
     statement = sign(messages.Statement(h, member.id, *found, b""), member.identity)
     move.record(entries.SumStated(statement))
+    if opened.following is not None:
+        header, tag = opened.following.header, opened.following.state_tag
+        ahead = draw_keys(member, header, tag, stage.standing.key_id)
+        move.record(entries.KeysSentAhead(header.round))
+        assert isinstance(move.stage, stages.Stated)
+        move.stage = replace(move.stage, ahead=ahead)
+        move.send(ahead.keys)
     move.send(statement)
 
 
@@ -142,6 +151,7 @@ def release(move: SiteMove, stage: stages.Stated, certificate: messages.Certific
             COORDINATOR,
         )  # fmt: skip
     move.record(entries.Certified(certificate))
+    move.stage = stages.Idle(move.stage.standing, ahead=stage.ahead)
     move.do(effects.Apply(certificate), effects.Erase(stage.header))
 
 
@@ -206,6 +216,8 @@ def resend(move: SiteMove, stage: stages.InRound, _: events.SessionRestored | Re
         move.send(stage.submit)
         move.do(effects.Upload(stage.submit))
     else:
+        if isinstance(stage, stages.Stated) and stage.ahead is not None:
+            move.send(stage.ahead.keys)
         move.answer_again(stage.history[-1])
 
 

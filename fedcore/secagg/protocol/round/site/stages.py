@@ -1,6 +1,6 @@
 """The stages of a site in a round: each holds only what is true in it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
 from fedcore.errors import Conflicting
@@ -89,8 +89,31 @@ class HeldShares:
     root_share: SecretBytes
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """The keys that a site sent for the round after a release, and what they belong to. In memory only: a new process
+    has none, and the number of that round is used up.
+
+    header: of that round, as this site expects it; other rounds get other keys.
+    """
+
+    header: RoundHeader
+    state_tag: bytes
+    secrets: Secrets
+    keys: messages.Keys
+
+
+@dataclass(frozen=True)
+class _KeysAhead:
+    """A stage that may have keys for the next round."""
+
+    ahead: Ahead | None = field(
+        default=None, compare=False, kw_only=True, repr=False, metadata={"byte_form": False}
+    )
+
+
 @record("Idle")
-class Idle:
+class Idle(_KeysAhead):
     """Between rounds."""
 
     standing: SiteProgress
@@ -187,7 +210,7 @@ class Opening(_Begun):
 
 
 @record("Stated")
-class Stated:
+class Stated(_KeysAhead):
     """What the sum leads to is signed; the certificate is awaited, and nothing is applied before it."""
 
     standing: SiteProgress
