@@ -67,8 +67,11 @@ class Contributor(Protocol):
         replaced. Raises TrainingFailed and GuardTripped."""
         ...
 
-    async def track(self, job: str, plan: RoundPlan, asked: Track, /) -> SiteRow | None:
-        """The accuracy after a release, None where there is nothing to measure. Raises TrainingFailed."""
+    async def track(
+        self, job: str, plan: RoundPlan, asked: Track, kept: bytes, /
+    ) -> SiteRow | None:
+        """The accuracy after a release, with what the site keeps; None where there is nothing to
+        measure. Raises TrainingFailed."""
         ...
 
     async def export(self, job: str, state: JobState, /) -> bytes:

@@ -43,7 +43,7 @@ class Explained:
         """For `--json`."""
         return {
             "task": self.plan.task, "plan": self.plan.digest, "label": self.label,
-            "sends": [each.to_json() for each in self.items],
+            "sends": [each.to_json() for each in self.items], "keeps": self.plan.train.keeps,
         }  # fmt: skip
 
 
@@ -122,6 +122,8 @@ def explained_lines(found: Explained) -> Iterator[str]:
     for item in vectors:
         yield f"  {item.name}: {item.what}, {item.most:,} bytes; read by {item.read_by}"
         yield from (f"    {part.name}: {part.type}, {part.values}" for part in item.parts)
+    if plan.train.keeps:
+        yield f"Kept here from round to round, and never sent: {plan.train.keeps}"
     yield "Everything that may leave, and nothing else does:"
     rows = [("name", "kind", "bytes at most", "fields", "read by")]
     for item in found.items:

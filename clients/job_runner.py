@@ -120,7 +120,7 @@ class JobRunner:
         if ended is not None:
             at = float(get("ended_at") or 0)
             self.job.end = JobEnd(decode(ended, job_messages.JobEnded), at)
-            self.work.forget_app()
+            self.work.forget_kept()
         if agreed is None:
             return
         about, marks = json.loads(agreed), json.loads(get("marks") or b"{}")
@@ -322,7 +322,7 @@ class JobRunner:
                 context.journal.append(self.id, ROUND, (), put=values)
             case effects.CloseRound(values):
                 context.journal.compact(self.id, ROUND, put=values, forget=OF_A_ROUND)
-                work.tidy_app()
+                work.tidy_kept()
             case effects.EraseKeys():
                 context.journal.forget(self.id, "epoch", "groups")
             case effects.Expose(header, survivors):
@@ -387,7 +387,7 @@ class JobRunner:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         await self.contributor.forget(self.id)
-        self.work.forget_app()
+        self.work.forget_kept()
 
     def erase_keys(self) -> None:
         """Erase the key epochs' secrets, if the job ended longer ago than the site keeps them."""

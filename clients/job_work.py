@@ -164,7 +164,7 @@ class JobWork:
             work = self.round_work()
             step = schedule.PlannedRound(header.purpose, header.training_round)
             self.link.doing(self.id, "training" if trains(step.purpose) else "evaluating")
-            self.guard.app_state = await asyncio.to_thread(self._app_state)
+            self.guard.kept = await asyncio.to_thread(self._kept)
             found = await self.contributor.contribute(
                 self.id, work.agreed.plan, step, work.state, self.guard
             )
@@ -194,7 +194,7 @@ class JobWork:
         header, (chunks, salt, marks) = asked.header.digest, work.protect(asked, found)
         size = sum(map(len, chunks))
         judged = canonical(self.guard.memory.to_json())
-        app = self.files.keep_app(self.guard.app_state)
+        app = self.files.keep(self.guard.kept)
         if size + container.overhead(len(chunks)) <= INLINE:
             small = container.to_bytes(chunks)
             vector = site.VectorMade(container.vector_digest(chunks), size, salt)
@@ -203,21 +203,21 @@ class JobWork:
             vector = site.VectorMade(stored.digest, stored.size, salt)
         return events.VectorReady(header, vector, small, marks, judged, app)
 
-    def _app_state(self) -> bytes:
-        """What an app keeps here, as of the last vector that was journalled: a round that was given up before that
-        has left nothing, and one that is trained again finds the state from before it (`kept_state.KeptState`)."""
-        return self.files.app_state(self.context.journal.get(self.id, "app") or b"")
+    def _kept(self) -> bytes:
+        """What an algorithm or an app keeps here, as of the last vector that was journalled: a round that was given
+        up before that has left nothing, and one that is trained again finds the state from before it."""
+        return self.files.kept(self.context.journal.get(self.id, "app") or b"")
 
-    def tidy_app(self) -> None:
-        """Between rounds, remove files of an app's states that the journal does not name: nothing writes one then but
+    def tidy_kept(self) -> None:
+        """Between rounds, remove files of kept states that the journal does not name: nothing writes one then but
         work that was cancelled."""
-        self.files.forget_app(but=self.context.journal.get(self.id, "app") or b"")
+        self.files.forget(but=self.context.journal.get(self.id, "app") or b"")
 
-    def forget_app(self) -> None:
-        """Erase what an app kept here, once the job is over."""
+    def forget_kept(self) -> None:
+        """Erase what was kept here from round to round, once the job is over."""
         if self.context.journal.get(self.id, "app") is not None:
             self.context.journal.forget(self.id, "app")
-        self.files.forget_app()
+        self.files.forget()
 
     async def upload(self, submit: messages.Submit) -> None:
         """Upload this round's vector, until it is complete or the round does not need it any more."""
@@ -295,7 +295,8 @@ class JobWork:
     async def track(self, asked: effects.Track) -> events.SiteEvent | None:
         """Evaluate a release, and write the row."""
         try:
-            row = await self.contributor.track(self.id, self._parts.agreed.plan, asked)
+            kept = await asyncio.to_thread(self._kept)
+            row = await self.contributor.track(self.id, self._parts.agreed.plan, asked, kept)
         except TrainingFailed as failed:
             LOG.warning("job %s: accuracy not tracked: %s", self.id, failed.reason)
             return None

@@ -139,10 +139,11 @@ def _contents(plan: RoundPlan, spec: VectorSpec) -> Iterator[OutgoingField]:
     if spec.coordinates:
         start = plan.range.start
         bound = "the range that the first round finds" if start is None else f"{start:g} at first"
-        of = f"{spec.coordinates} integers of {plan.packing.bits} bits"
-        yield OutgoingField(
-            "coordinates", of, f"from -C to C, C = {bound}; what exceeds it is clipped"
-        )
+        values = f"from -C to C, C = {bound}; what exceeds it is clipped"
+        alone = len(plan.blocks) == 1
+        for what, numbers in plan.blocks.items():
+            name = "coordinates" if alone else f"coordinates of {what}"
+            yield OutgoingField(name, f"{numbers} integers of {plan.packing.bits} bits", values)
     for wide in spec.wides:
         count = "1 integer" if wide.count == 1 else f"{wide.count} integers"
         yield OutgoingField(

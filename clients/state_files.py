@@ -11,7 +11,7 @@ from fedcore.files import write_atomic
 from fedcore.files.disk import sync_folder
 from fedcore.wire.limits import INLINE
 
-_APP = "app-"
+_KEPT = "app-"
 
 
 class StateFiles:
@@ -55,26 +55,26 @@ class StateFiles:
         beside.write_bytes(data)
         beside.replace(self.current)
 
-    def keep_app(self, state: bytes) -> bytes:
-        """What the journal is to have of an app's state: a small one itself, of a large one the name of its file,
-        durable on return."""
+    def keep(self, state: bytes) -> bytes:
+        """What the journal is to have of what an algorithm or an app keeps here: a small state itself, of a large one
+        the name of its file, durable on return."""
         if len(state) <= INLINE:
             return state
-        name = f"{_APP}{hashlib.sha256(state).hexdigest()[:32]}"
+        name = f"{_KEPT}{hashlib.sha256(state).hexdigest()[:32]}"
         self.write(self.folder / name, state)
         return name.encode()
 
-    def app_state(self, kept: bytes) -> bytes:
+    def kept(self, kept: bytes) -> bytes:
         """The state of which the journal has this. A state never begins like the name of a file: its first eight
         bytes are a small number."""
         return (self.folder / kept.decode()).read_bytes() if _is_name(kept) else kept
 
-    def forget_app(self, *, but: bytes = b"") -> None:
-        """Remove the files of an app's states but one."""
-        for left in self.folder.glob(f"{_APP}*"):
+    def forget(self, *, but: bytes = b"") -> None:
+        """Remove the files of what was kept but one."""
+        for left in self.folder.glob(f"{_KEPT}*"):
             if left.name.encode() != but:
                 left.unlink()
 
 
 def _is_name(kept: bytes) -> bool:
-    return kept.startswith(_APP.encode())
+    return kept.startswith(_KEPT.encode())

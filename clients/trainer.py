@@ -66,8 +66,6 @@ class Training:
         self._line = ThreadPoolExecutor(1, "training")  # bwrap ends with the thread that started it
         self._loads: dict[str, Json] = {}
         self._shapes: dict[str, ModelShape] = {}
-        self._app_states: dict[str, bytes] = {}
-        """Of each job after its last training: for evaluations, also in a new process."""
         self._overtaken_seconds = overtaken_seconds
         self._overtaken: Future[Frame] | None = None
         """The last request that was cancelled while it ran."""
@@ -116,24 +114,23 @@ class Training:
         self, job: str, plan: RoundPlan, step: PlannedRound, state: JobState, record: GuardRecord
     ) -> Contribution:
         """The content of the site's vector for a step of the job; record: of its guard, which judges the
-        state first and whose memory is replaced, and an app's state. Raises TrainingFailed and GuardTripped."""
+        state first and whose memory is replaced, and what the site keeps. Raises TrainingFailed and GuardTripped."""
         rules, memory = asdict(record.rules), record.memory.to_json()
         asked = _about("contribute", job, plan, step) | {"rules": rules, "memory": memory}
-        head, blobs = await self._ask(asked, [state.to_bytes(), record.app_state], needs=job)
+        head, blobs = await self._ask(asked, [state.to_bytes(), record.kept], needs=job)
         record.memory = GuardMemory.from_json(head["memory"])
         if "tripped" in head:
             about = head["tripped"]
             site = self._loads[job]["site"]
             raise GuardTripped((site,), about["round"], about["cause"], found=about["found"])
-        fields, record.app_state = blobs
-        self._app_states[job] = record.app_state
+        fields, record.kept = blobs
         return np.frombuffer(fields, dtype="<u8").astype(np.uint64), head["wides"]
 
-    async def track(self, job: str, plan: RoundPlan, asked: Track) -> SiteRow:
-        """The accuracy after a release. Raises TrainingFailed."""
+    async def track(self, job: str, plan: RoundPlan, asked: Track, kept: bytes) -> SiteRow:
+        """The accuracy after a release, with what the site keeps. Raises TrainingFailed."""
         wides = {name: [int(value) for value in values] for name, values in asked.wides.items()}
         about = _about("track", job, plan, asked.step) | {"sites": asked.sites, "wides": wides}
-        blobs = [asked.state.to_bytes(), self._app_states.get(job, b"")]
+        blobs = [asked.state.to_bytes(), kept]
         head, _ = await self._ask(about, blobs, needs=job)
         return SiteRow.from_json(head["row"])
 
@@ -147,7 +144,6 @@ class Training:
         if self._loads.pop(job, None) is None:
             return
         self._shapes.pop(job, None)
-        self._app_states.pop(job, None)
         if self._overtaken is not None and not self._overtaken.done():
             self.child.kill()
         elif self.child.alive:

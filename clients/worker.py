@@ -90,10 +90,10 @@ class Worker:
             case "load":
                 return self._load(asked)
             case "contribute":
-                self._restore_app(asked["job"], blobs[1])
+                self._restore_kept(asked["job"], blobs[1])
                 return self._contribute(asked, blobs[0])
             case "track":
-                self._restore_app(asked["job"], blobs[1])
+                self._restore_kept(asked["job"], blobs[1])
                 return self._track(asked, blobs[0])
             case "export":
                 site = self.sites[asked["job"]]
@@ -155,15 +155,19 @@ class Worker:
         app = site.task.app
         whole = {name: [int(value) for value in values] for name, values in wides.items()}
         head = {"wides": whole, "memory": record.memory.to_json()}
-        kept = b"" if app is None else app.save()
+        kept = site.kept.to_bytes() if app is None else app.save()
         return head, [np.ascontiguousarray(fields, dtype="<u8").tobytes(), kept]
 
-    def _restore_app(self, job: str, kept: bytes) -> None:
-        """An app's state as the site has it: this process may be a new one, or have trained a round that was given
-        up."""
-        app = self.sites[job].task.app
-        if app is not None:
-            app.restore(kept)
+    def _restore_kept(self, job: str, kept: bytes) -> None:
+        """What an algorithm or an app keeps, as the site has it: this process may be a new one, or have trained a
+        round that was given up."""
+        from fedcore.learning.kept import KeptValues
+
+        site = self.sites[job]
+        if site.task.app is not None:
+            site.task.app.restore(kept)
+        else:
+            site.kept = KeptValues.from_bytes(kept)
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import BadInput, UnknownName
 from fedcore.files.toml import Section, found_and_expected, read_tables
-from fedcore.secagg import packing, plan, protections
+from fedcore.secagg import algorithms, packing, plan, protections
 from fedcore.secagg.encode.pack import limb_count
 from fedcore.types import Json, SiteId
 
@@ -65,6 +65,8 @@ class TrainSection(Section):
     lr_decay: float = Field(default=1.0, gt=0, le=1)
     lr_step_rounds: int | None = Field(default=None, ge=1)
     warmup_rounds: int = Field(default=0, ge=0)
+    algorithm: str = "averaging"
+    feddyn_alpha: float = Field(default=0.01, gt=0)
     standardise: Literal["ranges", "federated"] = "ranges"
 
 
@@ -195,6 +197,8 @@ class Settings(TypedDict, total=False):
     lr_decay: float
     lr_step_rounds: int | None
     warmup_rounds: int
+    algorithm: str
+    feddyn_alpha: float
     standardise: Literal["ranges", "federated"]
     protect: Mapping[str, object]
     protection: str
@@ -304,6 +308,14 @@ def train_plan(section: TrainSection) -> plan.TrainPlan:
     return plan.TrainPlan(**section.model_dump(exclude={"standardise"}))
 
 
+def server_plan(section: RoundSection) -> plan.ServerPlan:
+    """The plan of the server optimiser."""
+    return plan.ServerPlan(
+        section.server, section.server_lr, section.server_momentum, section.buffers,
+        section.server_beta1, section.server_beta2, section.server_tau, section.server_correction,
+    )  # fmt: skip
+
+
 def settings_digest(job: Job, max_examples: int) -> str:
     """SHA-256 hex of a job's canonical settings, with the cap on rows in force (PROTOCOL J).
 
@@ -322,18 +334,18 @@ def plan_of(
     Raises PlanRefused where no packing proves headroom, BadInput for a roster it cannot take.
     """
     protect, each = job.protect, job.round
+    train = train_plan(job.train)
     fields = shape.parameters + shape.buffer_coordinates
+    if algorithms.algorithm_of(train.algorithm).second_block:
+        fields += shape.parameters
     fields += sum(wide.count * limb_count(wide.bits, protect.bits) for wide in shape.metric_sums)
     return plan.RoundPlan(
         task=shape.task, task_digest=shape.task_digest, sites=sites, protection=protect.protection,
         packing=packing_of(job, len(sites), fields),
         parameters=shape.parameters, buffer_coordinates=shape.buffer_coordinates,
         max_examples=max_examples, rounds=each.rounds,
-        train=train_plan(job.train),
-        server=plan.ServerPlan(
-            each.server, each.server_lr, each.server_momentum, each.buffers,
-            each.server_beta1, each.server_beta2, each.server_tau, each.server_correction,
-        ),
+        train=train,
+        server=server_plan(each),
         range=plan.RangePlan(protect.range, adaptive=protect.adaptive_range),
         metric_sums=shape.metric_sums,
         threshold=protect.threshold or 0,
@@ -437,7 +449,7 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
             "statistics stay at the sites, so the coordinator's model would have none",
             remedy='release = "sites": each site has the model with its own statistics (`fed-site model`)',
         )
-    train_plan(sections["train"])
+    algorithms.refuse_server(train_plan(sections["train"]), server_plan(sections["round"]))
     _require_validation(sections["round"])
     run = sections[""]
     if run.fold >= run.folds:

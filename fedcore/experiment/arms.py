@@ -28,7 +28,9 @@ from fedcore.experiment.simulation import Release
 from fedcore.learning.data.rows import Rows
 from fedcore.learning.data.targets import TargetScale
 from fedcore.learning.guard import GuardMemory
-from fedcore.learning.optimisers import apply_update
+from fedcore.learning.kept import KeptValues
+from fedcore.learning.rules import rules_of
+from fedcore.learning.rules.parts import Summed
 from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
 from fedcore.learning.scoring import Scored
 from fedcore.learning.site import SiteRows
@@ -56,6 +58,16 @@ def mean_of(pairs: Iterable[tuple[float | None, int]]) -> float | None:
 def loss_of(scoring: Scoring) -> float | None:
     """Mean loss over all test rows."""
     return mean_of((each.loss, len(each.targets)) for each in scoring if each is not None)
+
+
+def kept_bytes(sites: Sequence[KeptValues]) -> bytes:
+    """What sites keep, for a checkpoint, which cannot have empty bytes."""
+    return checkpoint_bytes([kept.to_bytes() or None for kept in sites])
+
+
+def read_kept(data: bytes) -> list[KeptValues]:
+    """The inverse of `kept_bytes`."""
+    return [KeptValues.from_bytes(kept or b"") for kept in read_checkpoint(data)]
 
 
 @dataclass
@@ -237,12 +249,21 @@ class Federated:
 
     def models(self) -> tuple[bytes, ...]:
         twin = () if self.twin is self.state else (self.twin.to_bytes(),)
-        return (self.state.to_bytes(), *twin)
+        return (self.state.to_bytes(), self._kept(), *twin)
+
+    def _kept(self) -> bytes:
+        return kept_bytes([site.kept for site in self.federation.sites])
+
+    def _keep(self, kept: bytes) -> None:
+        for site, each in zip(self.federation.sites, read_kept(kept), strict=True):
+            site.kept = each
 
     def go_back(self, models: Sequence[bytes]) -> None:
         """What was shown of the sites' metrics stays known: the metrics-only round goes by it."""
-        states = [replace(JobState.from_bytes(m), shown=self.state.shown) for m in models]
+        state, kept, *twin = models
+        states = [replace(JobState.from_bytes(m), shown=self.state.shown) for m in (state, *twin)]
         self.federation.state, self.twin = states[0], states[-1]
+        self._keep(kept)
 
     def evaluate_twin(self, round_: int) -> Scoring:
         """Scores of the plain-integer twin: those of `evaluate` only if the sums were identical."""
@@ -260,6 +281,7 @@ class Federated:
             "abandoned": [each.to_json() for each in self.abandoned],
             "summed": dict(self.summed),
             "seen": self.seen.to_json() if self.seen is not None else None,
+            "kept": self._kept(),
             "guards": [guard.memory.to_json() for guard in self.federation.guards],
             "seconds": dict(self.federation.watch.seconds),
         }
@@ -275,6 +297,7 @@ class Federated:
         self.seen = UpdateExposure.from_json(saved["seen"]) if saved["seen"] else None
         self.abandoned = [AbandonedRound.from_json(each) for each in saved["abandoned"]]
         self.summed = dict(saved["summed"])
+        self._keep(saved["kept"])
         for guard, memory in zip(federation.guards, saved["guards"], strict=True):
             guard.memory = GuardMemory.from_json(memory)
         federation.watch.seconds.update(saved["seconds"])
@@ -289,18 +312,24 @@ class FederatedFloat:
     def __init__(self, prepared: Prepared, beside: Federated) -> None:
         self._prepared, self._beside = prepared, beside
         self.state, self.budget = beside.state, Budget()
+        self._kept = [KeptValues() for _ in prepared.federation.sites]
 
     def step(self, round_: int) -> Columns:
         plan, sites = self._prepared.plan, self._prepared.federation.sites
         total, weight, reports = np.zeros(plan.coordinates), 0, []
-        for site in (sites[index] for index in self._beside.survivors):
+        survivors = self._beside.survivors
+        for index in survivors:
+            site = sites[index]
+            beside, site.kept = site.kept, self._kept[index]
             update = site.train(plan, self.state, round_)
+            self._kept[index], site.kept = site.kept.settled(), beside
             own = plan.weight_of(len(site.site.train))
             total += update.astype(np.float64) * own
             weight += own
             reports.append(site.report)
         if weight:
-            server = apply_update(self.state.server, total / weight, plan.parameters, plan.server)
+            apply, summed = rules_of(plan.train).apply, Summed(len(survivors), round_)
+            server = apply(plan, self.state.server, total / weight, summed)
             self.state = replace(self.state, server=server)
         return {"train_loss": self.budget.add([each for each in reports if each is not None])}
 
@@ -311,16 +340,17 @@ class FederatedFloat:
         return score_shared(self._prepared, self.state.server.model, round_, validation=True)
 
     def models(self) -> tuple[bytes, ...]:
-        return (self.state.to_bytes(),)
+        return (self.state.to_bytes(), kept_bytes(self._kept))
 
     def go_back(self, models: Sequence[bytes]) -> None:
-        self.restore(*models)
+        self.restore(models)
 
     def save(self) -> Any:
-        return self.state.to_bytes()
+        return self.models()
 
     def restore(self, saved: Any) -> None:
-        self.state = JobState.from_bytes(saved)
+        state, kept = saved
+        self.state, self._kept = JobState.from_bytes(state), read_kept(kept)
 
 
 Arm = Alone | Federated | FederatedFloat

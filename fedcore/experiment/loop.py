@@ -67,8 +67,9 @@ MOST_SITES_IN_A_ROW = 64
 
 _COMPARED_AT_SITES = ("local_only", "federated")
 
-CHECKPOINT_FORM = 2
-"""Of `save`: 1 had no form in it, and the federated arm's state without the step that comes next."""
+CHECKPOINT_FORM = 3
+"""Of `save`: 1 had no form in it, and the federated arm's state without the step that comes next; 2 nothing that
+sites keep under an algorithm."""
 
 
 def inputs_of(prepared: Prepared) -> Json:

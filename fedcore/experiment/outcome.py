@@ -97,7 +97,9 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         sites=plan.sites,
         metrics=prepared.task.scores,
         rows=_row_counts(prepared.sites, prepared.loaded),
-        model=ModelFacts(model_summary(prepared.flat), plan.coordinates, prepared.flat.policy),
+        model=ModelFacts(
+            model_summary(prepared.flat), plan.model_coordinates, prepared.flat.policy
+        ),
         model_sha256=model_digest(federated.state.server.model),
         arms={
             name: ArmResult(
@@ -123,7 +125,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         cost=Cost(
             bytes_up=federated.bytes_up,
             bytes_down=federated.bytes_down,
-            bytes_per_parameter=federated.bytes_up / plan.coordinates,
+            bytes_per_parameter=federated.bytes_up / plan.model_coordinates,
             ciphertexts=about["ciphertexts"],
             ciphertext_used=about["used_fraction"] if plan.packing.ring else None,
             seconds=prepared.federation.watch.seconds,

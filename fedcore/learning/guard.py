@@ -82,11 +82,12 @@ class GuardMemory(JsonRecord):
 @dataclass
 class GuardRecord:
     """A site's thresholds and memory in one job, passed to the process that computes its vectors, which replaces
-    the memory. app_state: what a task that is an app keeps here from round to round, replaced likewise."""
+    the memory. kept: what the site keeps from round to round, replaced likewise: of an algorithm
+    (`kept.KeptValues`), or of a task that is an app."""
 
     rules: GuardRules = field(default_factory=GuardRules)
     memory: GuardMemory = field(default_factory=GuardMemory)
-    app_state: bytes = b""
+    kept: bytes = b""
 
 
 @dataclass

@@ -27,7 +27,9 @@ from fedcore.learning.adaptive_range import (
     outgrown,
 )
 from fedcore.learning.data import statistics
-from fedcore.learning.optimisers import apply_update, largest_step
+from fedcore.learning.optimisers import largest_step
+from fedcore.learning.rules import rules_of
+from fedcore.learning.rules.parts import Summed
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.encode.quantise import dequantise
 from fedcore.secagg.plan import EXCEEDS, RoundPlan, VectorSpec
@@ -42,13 +44,14 @@ class OpenedSum:
     """An opened sum, and what it takes to make a state of it.
 
     survivors: the sites in the sum. columns: those of federated statistics. allow_few_sites: whether a
-    column that fewer than 3 sites have is taken.
+    column that fewer than 3 sites have is taken. round: the training round.
     """
 
     opened: Opened
     survivors: Sequence[SiteId]
     columns: Sequence[statistics.Column] = ()
     allow_few_sites: bool = False
+    round: int = 0
 
 
 def standardised(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
@@ -79,7 +82,7 @@ def applied(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
     server, opened, contributors = state.server, found.opened, len(found.survivors)
     sums = dequantise(opened.coordinates, plan.packing.bits, server.bound, contributors)
     mean = sums * (plan.max_examples / opened.wides["weight"][0])
-    moved = apply_update(server, mean, plan.parameters, plan.server)
+    moved = rules_of(plan.train).apply(plan, server, mean, Summed(contributors, found.round))
     over, over_half = opened.wides["over_range"][0], opened.wides["over_half_range"][0]
     values, first = contributors * plan.coordinates, server.first_bound
     marked = sum(opened.wides[EXCEEDS])
@@ -110,7 +113,8 @@ def largest_move(plan: RoundPlan, first_bound: float) -> tuple[float, float]:
         min(first_bound * MOST_GROWTH, plan.range.highest) if plan.range.adaptive else first_bound
     )
     mean = bound * plan.max_examples / plan.weight_step
-    return largest_step(plan.server, mean), mean
+    step = largest_step(plan.server, mean)
+    return rules_of(plan.train).largest_step(plan, step, mean), mean
 
 
 def check_possible(

@@ -29,17 +29,21 @@ from fedcore.learning.data.targets import SIZES, TargetScale, sizes
 from fedcore.learning.device import require_device
 from fedcore.learning.findings import Look
 from fedcore.learning.guard import Guard, GuardRecord
+from fedcore.learning.kept import KeptValues
+from fedcore.learning.local_round import SiteRound
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model, seeded
 from fedcore.learning.own_statistics import average_statistics, use_own_statistics
+from fedcore.learning.rules import rules_of
 from fedcore.learning.saved import Module, model_bytes
 from fedcore.learning.schedules import at_full_rate
 from fedcore.learning.scoring import Scored, probe, score
 from fedcore.learning.state import JobState
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.task import BUILT_IN, Task
-from fedcore.learning.training import TrainReport, local_train, predict, task_code
+from fedcore.learning.training import TrainReport, predict, task_code
 from fedcore.learning.warm_start import start_from
+from fedcore.secagg.algorithms import refuse_own_train
 from fedcore.secagg.encode.quantise import quantise
 from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, canonical
 from fedcore.secagg.protocol.schedule import PlannedRound, released_round
@@ -221,7 +225,7 @@ class SiteTrainer:
     site: its rows as they are. flat: the model's one flat view, overwritten at each use. initial: (d,) float32,
     the model that the job begins with. watch: counts seconds. note: for the site's log, or "". rows: SHA-256
     of the rows, hex. report: of the last training. digests: of the model at the start; empty in one process,
-    which compares the models themselves. adds_rows: as in `ArrayRows`.
+    which compares the models themselves. adds_rows: as in `ArrayRows`. kept: what it keeps under the job's algorithm.
     """
 
     task: Task
@@ -236,8 +240,11 @@ class SiteTrainer:
     report: TrainReport | None = None
     digests: tuple[str, ...] = ()
     adds_rows: bool = False
+    kept: KeptValues = field(default_factory=KeptValues)
 
     def __post_init__(self) -> None:
+        if self.task.train is not None:
+            refuse_own_train(self.job.train.algorithm, self.task.name)
         self.public: Statistics | None = None
         """The scale of the rows' declared ranges, where the job goes by these."""
         if self.layout is not None and self.job.train.standardise == "ranges":
@@ -448,9 +455,11 @@ class SiteTrainer:
             return NO_COORDINATES, self._sums()
 
     def exceeding(self, plan: RoundPlan, state: JobState) -> Contribution:
-        """Round 1 is trained, and how far its update reaches is counted."""
+        """Round 1 is trained, and how far its update reaches is counted. Nothing of it is kept."""
+        kept = self.kept
         with self.watch("train"):
             update = self.train(replace(plan, train=at_full_rate(plan.train)), state, 1)
+        self.kept = kept
         counts = exceedance_counts(self._weighted(plan, update).astype(np.float32))
         return NO_COORDINATES, {"exceeding": counts}
 
@@ -480,17 +489,10 @@ class SiteTrainer:
         return self.transport.sums(self.scored(state, step.training_round - 1))
 
     def train(self, plan: RoundPlan, state: JobState, round_: int) -> FloatVector:
-        """Train locally: update = local - global, (d,) float32. Raises BadInput on NaN or infinity."""
-        model, rows = state.server.model, self.standard_rows(state)
-        if self.task.train is None:
-            self.flat.write(model)
-        else:  # it may evaluate the model in between
-            self.write(model, rows)
-        self.report = local_train(
-            self.task, self.flat.module, rows.train, plan.train,
-            seed=self.job.run.seed, round_=round_, rounds=plan.rounds, site=self.site.id,
-        )  # fmt: skip
-        update = self.flat.read() - model
+        """Train locally by the plan's algorithm: what is sent, (coordinates,) float32, of which the first are
+        update = local - global. What is kept changes with the release. Raises BadInput on NaN or infinity."""
+        kept = self.kept.at(state.summed.get(self.site.id, 0))
+        update, made = rules_of(plan.train).train(SiteRound(self, plan, state, round_), kept)
         if not np.isfinite(update).all():
             bad = int(np.count_nonzero(~np.isfinite(update)))
             raise BadInput(
@@ -498,6 +500,7 @@ class SiteTrainer:
                 "coordinates of the update, expected finite numbers",
                 remedy="lower train.lr, or look for unscaled or missing values in the site's data",
             )
+        self.kept = KeptValues(kept, round_, made)
         return update
 
     def _weighted(self, plan: RoundPlan, update: FloatVector) -> WideVector:

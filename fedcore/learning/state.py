@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,7 @@ from fedcore.errors import BadInput
 from fedcore.learning.data.statistics import Column, Statistics
 from fedcore.learning.optimisers import ServerState, init_state
 from fedcore.learning.released import OpenedSum
+from fedcore.learning.rules import rules_of
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.plan import RoundPlan, canonical
 from fedcore.secagg.protocol.schedule import PlannedRound
@@ -47,19 +48,23 @@ class JobState:
     """statistics: None before they are released, or where no column is standardised.
 
     done: the last released step, None before the first. shown: the survivors of each release whose metric
-    sums were not all zero, each set once, in the order of the releases.
+    sums were not all zero, each set once, in the order of the releases. summed: {site: the last training round whose
+    sum it is in}, of an algorithm under which sites keep something (`kept.KeptValues`).
     """
 
     server: ServerState
     statistics: Statistics | None = None
     done: PlannedRound | None = None
     shown: tuple[tuple[SiteId, ...], ...] = ()
+    summed: Mapping[SiteId, int] = field(default_factory=dict)
 
     @classmethod
     def initial(cls, plan: RoundPlan, model: FloatVector) -> JobState:
         """Before the first round: the model every site makes from the job's seed."""
         start = plan.range.start or 0.0
-        return cls(init_state(model, plan.parameters, plan.server, start))
+        server = init_state(model, plan.parameters, plan.server, start)
+        own = rules_of(plan.train).init(plan)
+        return cls(replace(server, moments={**server.moments, **own}))
 
     def canonical(self) -> bytes:
         """The bytes that state tag and certificate cover (PROTOCOL S)."""
@@ -69,7 +74,8 @@ class JobState:
         statistics = self.statistics.to_json() if self.statistics else None
         done = [self.done.purpose, self.done.training_round] if self.done else None
         shown = [list(survivors) for survivors in self.shown]
-        return {"statistics": statistics, "done": done, "shown": shown}
+        summed = {"summed": dict(self.summed)} if self.summed else {}
+        return {"statistics": statistics, "done": done, "shown": shown, **summed}
 
     def isolates(self, cohort: Sequence[SiteId], least: int) -> bool:
         """Whether metric sums of a cohort, beside those of an earlier release, would be about fewer than
@@ -100,8 +106,11 @@ class JobState:
         """The state that the sum of a step's vectors leads to; the arguments are those of `OpenedSum`. Raises
         ImpossibleSum, and Refused for statistics of too few sites."""
         purpose = purpose_of(step.purpose)
-        found = purpose.apply(plan, self, OpenedSum(opened, survivors, columns, allow_few_sites))
-        moved = replace(found, done=step)
+        round_ = step.training_round
+        opened_sum = OpenedSum(opened, survivors, columns, allow_few_sites, round_)
+        moved = replace(purpose.apply(plan, self, opened_sum), done=step)
+        if purpose.trains and plan.train.keeps:
+            moved = replace(moved, summed={**self.summed, **dict.fromkeys(survivors, round_)})
         return moved.showing(plan, opened, survivors) if purpose.measures else moved
 
     def to_bytes(self) -> bytes:
@@ -140,6 +149,7 @@ class JobState:
                 Statistics.from_json(statistics) if statistics else None,
                 PlannedRound(str(done[0]), int(done[1])) if done else None,
                 tuple(tuple(map(SiteId, survivors)) for survivors in about["shown"]),
+                {SiteId(name): int(round_) for name, round_ in about.get("summed", {}).items()},
             )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BadInput("state: found bytes that are no saved state of a job") from error

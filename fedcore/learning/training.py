@@ -20,6 +20,7 @@ from fedcore.learning.data.rows import Rows, copied
 from fedcore.learning.device import beside, rows_beside
 from fedcore.learning.model import FlatModel, seeded
 from fedcore.learning.module_state import ModuleState, is_plain
+from fedcore.learning.rules.parts import GradientTerm
 from fedcore.learning.schedules import learning_rate
 from fedcore.learning.task import Task, user_code
 from fedcore.secagg.plan import TrainPlan
@@ -205,11 +206,13 @@ def local_train(
     rounds: int,
     site: str,
     optimiser: Optimiser | None = None,
+    term: GradientTerm | None = None,
 ) -> TrainReport:
     """Train `module` in place for `plan.epochs` passes over `rows`, with the rate of the round.
 
     round_: from 1, of `rounds` in all. optimiser: one to continue with (for arms that never average); None
-    makes a new one, as a site does each round. Raises TaskFailed if the task's code raises, BadInput for
+    makes a new one, as a site does each round.
+    term: of an algorithm; None: the plan's proximal term. Raises TaskFailed if the task's code raises, BadInput for
     BatchNorm with a batch of one row and for settings that a `train` of the task's own ignores.
     """
     module.train()
@@ -224,7 +227,8 @@ def local_train(
             optimiser = optimiser or make_optimiser(module, plan)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(plan, round_, rounds)
-            return _own_loop(task, module, rows, plan, optimiser, (seed, round_, site))
+            term = term or GradientTerm(pull=plan.proximal_mu)
+            return _own_loop(task, module, rows, plan, optimiser, (seed, round_, site), term)
 
 
 def trained_norms(module: nn.Module) -> list[_NormBase]:
@@ -269,11 +273,12 @@ def _own_loop(
     plan: TrainPlan,
     optimiser: Optimiser,
     seeds: tuple[int, int, str],
+    term: GradientTerm,
 ) -> TrainReport:
-    """seeds: (seed, round, site), from which the order of each epoch follows."""
+    """seeds: (seed, round, site), from which the order of each epoch follows. term: for every batch's gradient."""
     steps, seen, total = 0, 0, 0.0
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    start = [parameter.detach().clone() for parameter in trained] if plan.proximal_mu else []
+    add_term = _added_term(trained, term)
     batch_size = getattr(rows, "batch_size", None) or plan.batch_size
     for epoch in range(plan.epochs):
         order = generator(*seeds, f"shuffle {epoch}").permutation(len(rows))
@@ -286,8 +291,7 @@ def _own_loop(
             outputs, targets = predict(task, module, batch)
             loss = loss_of(task, rows, outputs, targets)
             loss.backward()
-            if plan.proximal_mu:
-                _add_proximal(trained, start, plan.proximal_mu)
+            add_term()
             if plan.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
             optimiser.step()
@@ -297,12 +301,33 @@ def _own_loop(
     return TrainReport(steps, seen, total / steps if steps else None)
 
 
-@torch.no_grad()
-def _add_proximal(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
-    """Add mu (w - w_start) to the gradients, the gradient of mu/2 |w - w_start|^2."""
-    for parameter, before in zip(parameters, start, strict=True):
-        pull = (parameter - before) * mu
-        parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+def _added_term(trained: Sequence[nn.Parameter], term: GradientTerm) -> Callable[[], None]:
+    """What adds a term to the gradients of the trained parameters. The pull is the gradient of
+    pull/2 |w - anchor|^2."""
+    shift = None if term.shift is None else _like(trained, term.shift)
+    anchor: list[Tensor] = []
+    if term.pull:
+        start = [parameter.detach().clone() for parameter in trained]
+        anchor = start if term.anchor is None else _like(trained, term.anchor)
+
+    def add(parameter: nn.Parameter, more: Tensor) -> None:
+        parameter.grad = more if parameter.grad is None else parameter.grad + more
+
+    @torch.no_grad()
+    def add_term() -> None:
+        for k, parameter in enumerate(trained):
+            if shift is not None:
+                add(parameter, shift[k])
+            if term.pull:
+                add(parameter, (parameter - anchor[k]) * term.pull)
+
+    return add_term
+
+
+def _like(parameters: Sequence[nn.Parameter], flat: FloatVector) -> list[Tensor]:
+    """(parameters,) float32 in the shapes and types of parameters, one after the other."""
+    parts = torch.split(torch.from_numpy(flat.copy()), [p.numel() for p in parameters])
+    return [part.view(p.shape).to(p) for part, p in zip(parts, parameters, strict=True)]
 
 
 class OwnModel:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedcore.secagg.algorithms import keeps_of
 from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
 from fedcore.secagg.protections import MIN_SITES, Protection, refuse_roster
 from fedcore.secagg.purposes import leaving
@@ -264,10 +265,12 @@ def leaving_of(job: Job, terms: Terms) -> list[str]:
         terms.public_metrics and "the metrics of each release over all its sites",
         terms.release == "coordinator" and "the model and statistics of the last round",
     ]
+    kept = keeps_of(job.train)
     return [
         *leaving(job, terms),
         f"opened: by {readers_of(terms)}",
         *(f"to the coordinator and its operators: {each}" for each in shown if each),
+        *([f"kept here from round to round, and never sent: {kept}"] if kept else []),
         "nothing else but the shape of the model: rows, file names and errors stay here",
     ]
 

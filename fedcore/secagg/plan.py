@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from fedcore.errors import BadInput, PlanRefused, UnknownName
-from fedcore.secagg import protections
+from fedcore.secagg import algorithms, protections
 from fedcore.secagg.packing import Packing, Ring
 from fedcore.secagg.protections import Protection, has_lattice
 from fedcore.types import Json, SiteId
@@ -126,7 +126,8 @@ class TrainPlan:
     0: none. max_grad_norm: largest L2 norm of a batch's whole gradient; None: any. lr_schedule, lr_decay,
     lr_step_rounds, warmup_rounds: how `lr` changes over the rounds (`learning.schedules.learning_rate`).
     initial: SHA-256 hex of the released model that a simulation begins with, as a run prints it; "" for the one
-    that every site makes from the seed. Raises BadInput for a decay without a schedule that uses it, and the reverse.
+    that every site makes from the seed. algorithm: one of `algorithms.ALGORITHMS`. feddyn_alpha: alpha of FedDyn.
+    Raises BadInput for a decay without a schedule that uses it, and the reverse, and as `algorithms.refuse_training`.
     """
 
     optimiser: str = "sgd"
@@ -142,8 +143,11 @@ class TrainPlan:
     lr_step_rounds: int | None = None
     warmup_rounds: int = 0
     initial: str = ""
+    algorithm: str = "averaging"
+    feddyn_alpha: float = 0.01
 
     def __post_init__(self) -> None:
+        algorithms.refuse_training(self, UNCHANGED_TRAINING)
         if self.lr_schedule not in LR_SCHEDULES:
             raise UnknownName("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         decays, schedule = self.lr_schedule in {"exponential", "step"}, self.lr_schedule
@@ -162,6 +166,11 @@ class TrainPlan:
                 f"train.lr_decay: found {self.lr_decay} with lr_schedule {schedule!r}, which has no decay",
                 remedy='lr_schedule = "exponential" or "step"; lr_decay = 1 is none',
             )
+
+    @property
+    def keeps(self) -> str:
+        """What a site keeps from round to round and never sends, in words; "" for nothing."""
+        return algorithms.keeps_of(self)
 
 
 CORRECTIONS = ("adam", "none", "flower")
@@ -215,7 +224,7 @@ _UNSTATED = {
 
 UNCHANGED_TRAINING: Json = {
     "proximal_mu": 0.0, "max_grad_norm": None, "lr_schedule": "constant", "lr_decay": 1.0,
-    "lr_step_rounds": None, "warmup_rounds": 0, "initial": "",
+    "lr_step_rounds": None, "warmup_rounds": 0, "initial": "", "algorithm": "averaging", "feddyn_alpha": 0.01,
 }  # fmt: skip
 """Values of a TrainPlan that are left out where they travel: a job without these settings has the same digest
 as before there were any."""
@@ -300,6 +309,7 @@ class RoundPlan:
             protections.refuse_public_metrics(self.protection)
             self._check_names()
         protections.refuse_release(self.release, self.protection)
+        algorithms.refuse_server(self.train, self.server)
         if self.standardise not in STANDARDISE:
             raise UnknownName("train.standardise", self.standardise, STANDARDISE)
 
@@ -335,9 +345,22 @@ class RoundPlan:
         return tuple(name.removeprefix(METRIC) for name in names if not name.startswith(MATRIX))
 
     @property
-    def coordinates(self) -> int:
+    def model_coordinates(self) -> int:
         """d: parameters and the floating buffers that travel with them."""
         return self.parameters + self.buffer_coordinates
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """{what an update vector holds of a site, in words: its coordinates}, in their order."""
+        second = algorithms.algorithm_of(self.train.algorithm).second_block
+        return {"the update": self.model_coordinates} | (
+            {second: self.parameters} if second else {}
+        )
+
+    @property
+    def coordinates(self) -> int:
+        """Of an update vector: those of all its blocks."""
+        return sum(self.blocks.values())
 
     @property
     def count_bits(self) -> int:

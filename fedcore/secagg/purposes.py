@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from fedcore.errors import UnknownName
 from fedcore.learning.data.statistics import statistics_vector
 from fedcore.learning.released import OpenedSum, applied, calibrated, measured, standardised
+from fedcore.secagg.algorithms import algorithm_of
 from fedcore.secagg.plan import RoundPlan, VectorSpec
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ def _times(rounds: int) -> str:
     return "one sum" if rounds == 1 else f"up to {rounds} sums, one a round"
 
 
+def _second_block(job: Job) -> str:
+    found = algorithm_of(job.train.algorithm).second_block
+    return f"{found}, " if found else ""
+
+
 PURPOSES = {
     each.name: each
     for each in (
@@ -99,7 +105,7 @@ PURPOSES = {
             apply=applied,
             leaving=lambda job, terms: (
                 f"update ({_times(job.round.rounds)}): how training here changed the parameters of the "
-                "model, the number of training rows, how many coordinates exceed the range, and "
+                f"model, {_second_block(job)}the number of training rows, how many coordinates exceed the range, and "
                 + _TEST
             ),
             trains=True,

@@ -175,7 +175,7 @@ def public(found, *, hang=()):
         found.start(name)
         contributor = found.sites[name].contributor
 
-        async def track(_, job, plan, asked):
+        async def track(_, job, plan, asked, kept):
             if name in hang:
                 await asyncio.sleep(3600)
             before = {

@@ -64,7 +64,7 @@ async def asked(begin=quick, **changes):
         own = Opened(two[0], two[1])
         state = state.after(plan, STATISTICS, own, ("va",), loaded.columns, allow_few_sites=True)
         zeros = {wide.name: [0] * wide.count for wide in plan.metric_sums}
-        row = await training.track("j", plan, Track(LAST, zeros, 3, state, None))
+        row = await training.track("j", plan, Track(LAST, zeros, 3, state, None), b"")
         await training.forget("j")
         return plan, state, one, two, row
     finally:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from fedcore_clients import job_gate, leaving
 from fedcore_clients.config import read_config
-from fedcore_clients.explain import explain, explained_lines
+from fedcore_clients.explain import Explained, explain, explained_lines
 from fedcore_clients.job_gate import JobGate
 from fedcore_clients.leaving import OutgoingList
 from fedcore_clients.policy import PolicySection
@@ -29,7 +29,7 @@ from fedcore.identity.authority import Authority
 from fedcore.identity.identities import create_identity, write_roster
 from fedcore.learning.task import load_task
 from fedcore.secagg.crypto.identity_key import IdentityKey
-from fedcore.secagg.plan import canonical
+from fedcore.secagg.plan import TrainPlan, canonical
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol.job_messages import model_upload
 from fedcore.secagg.scheme import vector_sizes
@@ -300,3 +300,21 @@ def test_a_task_that_is_not_allowed_here_is_not_loaded(site):
     write_json(folder / "job.json", {})
     with pytest.raises(UnknownName, match="j2"):
         explain(site, "j2")
+
+
+def test_a_second_block_is_on_the_list_and_what_is_kept_is_not():
+    plan = plan_for("masked", train=TrainPlan(algorithm="scaffold"), parameters=50_000)
+    found = listed(plan)
+    blocks = [part for part in found["update"].parts if part.name.startswith("coordinates")]
+    assert [part.name for part in blocks] == [
+        "coordinates of the update", "coordinates of the change of this site's control variate",
+    ]  # fmt: skip
+    assert [part.type.split()[0] for part in blocks] == [str(plan.parameters)] * 2
+    size = vector_sizes(plan, 0)["update"]
+    assert size > 1.7 * vector_sizes(plan_for("masked", parameters=50_000), 0)["update"]
+    limits = OutgoingList(plan, 0, 4)
+    limits.check("update", "vector", size)
+    with pytest.raises(PolicyRefused, match="vector control"):
+        limits.check("control", "vector", 1)
+    said = "\n".join(explained_lines(Explained(plan, tuple(limits.items()))))
+    assert "Kept here from round to round, and never sent: this site's control variate" in said

@@ -312,10 +312,13 @@ def test_every_setting_of_training_is_in_the_plan_that_sites_check():
         "proximal_mu": 0.1, "max_grad_norm": 2.0, "lr_schedule": "step", "lr_decay": 0.5,
         "lr_step_rounds": 4, "warmup_rounds": 2,
     }  # fmt: skip
-    assert later.keys() == UNCHANGED_TRAINING.keys() - {"initial"}
-    found = plan(**later)
-    assert found.to_json()["train"].items() >= later.items()
-    assert RoundPlan.from_json(found.to_json()) == found
+    algorithms = [{"algorithm": "feddyn", "feddyn_alpha": 0.5}]
+    of_algorithms = {name for each in algorithms for name in each}
+    assert later.keys() | of_algorithms == UNCHANGED_TRAINING.keys() - {"initial"}
+    for each in (later, *algorithms):
+        found = plan(**each)
+        assert found.to_json()["train"].items() >= each.items()
+        assert RoundPlan.from_json(found.to_json()) == found
     for setting in ("proximal_mu", "max_grad_norm", "warmup_rounds"):
         assert plan(**{setting: later[setting]}).digest != plan().digest
     names = {each.name for each in fields(TrainPlan)}

@@ -81,7 +81,7 @@ class LoadFailed:
 class VectorReady:
     """A vector is made. small: its container, for the journal, or b"" where it is in the spool, flushed. marks:
     its integers at this site's own coordinates. guard: the guard's memory, as JSON. app: what the journal is to
-    have of an app's state, b"" for none."""
+    have of what an algorithm or an app keeps, b"" for nothing."""
 
     header: bytes
     made: site.VectorMade

@@ -309,7 +309,7 @@ class RoundDriver:
 
     def _beside(self, record: site.SiteEntry) -> dict[str, bytes]:
         """The small vector or state that a record relies on; with a vector its marks, the guard's memory
-        and an app's state."""
+        and what is kept for the next round."""
         made = self._vector
         if isinstance(record, site.VectorSpooled) and made is not None:
             own = {"header": made.header.hex(), "marks": dict(made.marks)}

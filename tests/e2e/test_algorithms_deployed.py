@@ -1,0 +1,57 @@
+"""Algorithms under which sites keep something: deployed sites reach the model of the simulation, also when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from town import SITES
+from trained_town import TrainedTown
+
+import fedcore
+from fedcore.learning.model import single_thread
+
+LINES = """
+import numpy as np
+from torch import nn
+from fedcore import Task
+
+def data(name):
+    random = np.random.default_rng(ord(name))
+    x = random.normal(size=(20, 3)).astype("f4")
+    return x, (x @ (np.array([1, -2, 0.5]) + 0.3 * (ord(name) - 98))).astype("f4").reshape(-1, 1)
+
+task = Task(name="lines", data=data, model=lambda: nn.Linear(3, 1), loss=nn.MSELoss(), metrics=("rmse",))
+"""
+SETTINGS = {
+    "protection": "encrypted", "rounds": 4, "max_examples": 32, "lr": 0.05, "epochs": 2, "batch_size": 8,
+    "resamples": 0, "arms": ("federated",),
+}  # fmt: skip
+SOURCES = {name: name for name in SITES}
+KEEPING = {
+    "scaffold": {"algorithm": "scaffold"},
+    "feddyn": {"algorithm": "feddyn", "feddyn_alpha": 1.0},
+}
+
+
+@pytest.mark.parametrize("case", KEEPING)
+def test_a_deployed_site_keeps_what_a_simulated_one_does_and_finds_it_after_its_death(
+    tmp_path, pool, case
+):
+    """Site b dies at a commit of its journal in the midst of the job."""
+    settings, task = SETTINGS | KEEPING[case], tmp_path / "lines.py"
+    task.write_text(LINES)
+
+    def look(found):
+        assert found.kept("b")[0]
+
+    def play(folder, **kill):
+        town = TrainedTown(folder, pool, str(task), settings, SOURCES)
+        return asyncio.run(town.play(**kill))
+
+    with single_thread():
+        run = fedcore.simulate(str(task), sites=SOURCES, out=tmp_path / "run", **settings)
+        models, commits = play(tmp_path / "whole", look=look)
+        assert models == {run.result.model_sha256}
+        models, _ = play(tmp_path / "killed", at=commits // 2, late=True)
+        assert models == {run.result.model_sha256}

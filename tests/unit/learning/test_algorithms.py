@@ -1,0 +1,265 @@
+"""Each algorithm against a plain reimplementation of its paper, in float64 and without any of Fedcore's code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from torch import nn
+
+from fedcore.config import build_job, wire_settings
+from fedcore.errors import BadInput, PlanRefused, UnknownName
+from fedcore.experiment.loop import Experiment
+from fedcore.experiment.prepare import job_for, prepare
+from fedcore.learning.kept import KeptValues
+from fedcore.learning.rules import RULES
+from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
+from fedcore.learning.state import JobState
+from fedcore.learning.task import Task
+from fedcore.secagg.algorithms import ALGORITHMS
+from fedcore.secagg.protections import PROTECTIONS
+
+ROWS = {"a": 40, "b": 24, "c": 16}
+CAP, LR, EPOCHS, ROUNDS = 64, 0.05, 3, 5
+WEIGHTS = {
+    name: 2 * round(rows * 4 / 5 / 2) for name, rows in ROWS.items()
+}  # multiples of CAP / 32
+
+USUAL = {
+    "protection": "plain", "arms": ("federated_float", "federated"), "resamples": 0, "lr": LR,
+    "epochs": EPOCHS, "batch_size": CAP, "rounds": ROUNDS, "max_examples": CAP, "bits": 20,
+}  # fmt: skip
+
+
+def data(name):
+    """A linear task whose best answer differs between sites."""
+    random = np.random.default_rng(ord(name))
+    x = random.normal(size=(ROWS[name], 3)).astype("f4")
+    best = np.array([1.0, -2.0, 0.5]) + 0.8 * (ord(name) - ord("b"))
+    return x, (x @ best).astype("f4").reshape(-1, 1)
+
+
+def task(**changes):
+    given = {
+        "name": "lines", "data": data, "model": lambda: nn.Linear(3, 1), "loss": nn.MSELoss(),
+        "metrics": ("rmse",), "sites": {name: name for name in ROWS},
+    }  # fmt: skip
+    return Task(**given | changes)
+
+
+def experiment(**settings):
+    return Experiment(prepare(*job_for(task(), USUAL | settings)))
+
+
+def trained(**settings):
+    """An experiment, all rounds done, each of a site's steps on all of its rows."""
+    found = experiment(**settings)
+    for _ in found.rounds():
+        pass
+    return found
+
+
+class Site:
+    """A site of a reimplementation: gradients of its mean squared error, in float64."""
+
+    def __init__(self, found):
+        rows = found.train
+        self.x = np.asarray(rows.x, dtype=np.float64)
+        self.x = np.concatenate([self.x, np.ones((len(self.x), 1))], axis=1)
+        self.y = np.asarray(rows.y, dtype=np.float64).reshape(-1)
+        self.weight = WEIGHTS[found.id]
+        self.kept = np.zeros(4)
+        self.model = None
+
+    def gradient(self, w):
+        return 2 * self.x.T @ (self.x @ w - self.y) / len(self.y)
+
+
+def reimplemented(found, one_round, absent=frozenset()):
+    """The model after all rounds. one_round(w, sites, share) -> the next w; share: |S| / N."""
+    everyone = [Site(site) for site in found.prepared.sites]
+    w = found.federation.sites[0].initial.astype(np.float64)
+    for k in range(1, ROUNDS + 1):
+        sites = [
+            s
+            for s, of in zip(everyone, found.prepared.sites, strict=True)
+            if (k, of.id) not in absent
+        ]
+        w = one_round(w, sites, len(sites) / len(everyone))
+    return w
+
+
+def mean(sites, values):
+    return np.average(values, axis=0, weights=[site.weight for site in sites])
+
+
+def descended(site, start, gradient):
+    w = start.copy()
+    for _ in range(EPOCHS):
+        w = w - LR * gradient(w)
+    return w
+
+
+def fedavg(w, sites, share):
+    return mean(sites, [descended(s, w, s.gradient) for s in sites])
+
+
+def fedprox(w, sites, share):
+    return mean(
+        sites, [descended(s, w, lambda v, s=s: s.gradient(v) + 0.5 * (v - w)) for s in sites]
+    )
+
+
+class Scaffold:
+    def __init__(self):
+        self.control = np.zeros(4)
+
+    def __call__(self, w, sites, share):
+        ends, changes = [], []
+        for site in sites:
+            end = descended(site, w, lambda v, s=site: s.gradient(v) - s.kept + self.control)
+            new = site.kept - self.control + (w - end) / (EPOCHS * LR)
+            ends.append(end)
+            changes.append(new - site.kept)
+            site.kept = new
+        self.control = self.control + share * mean(sites, changes)
+        return mean(sites, ends)
+
+
+class FedDyn:
+    alpha = 0.3
+
+    def __init__(self):
+        self.drift = np.zeros(4)
+
+    def __call__(self, w, sites, share):
+        ends = []
+        for site in sites:
+            end = descended(
+                site, w, lambda v, s=site: s.gradient(v) - s.kept + self.alpha * (v - w)
+            )
+            site.kept = site.kept - self.alpha * (end - w)
+            ends.append(end)
+        self.drift = self.drift - self.alpha * share * mean(sites, [end - w for end in ends])
+        return mean(sites, ends) - self.drift / self.alpha
+
+
+CASES = {
+    "averaging": (lambda: fedavg, {}),
+    "fedprox": (lambda: fedprox, {"proximal_mu": 0.5}),
+    "scaffold": (Scaffold, {"algorithm": "scaffold"}),
+    "feddyn": (FedDyn, {"algorithm": "feddyn", "feddyn_alpha": 0.3}),
+}
+
+
+@pytest.mark.parametrize("absent", [(), ((2, "b"), (4, "c"))], ids=["all present", "absences"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_what_its_paper_has(case, absent):
+    """The float arm up to float32, the protected one up to the quantiser's step."""
+    make, settings = CASES[case]
+    drop = tuple(f"{k}:submit:{name}" for k, name in absent)
+    found = trained(drop=drop, threshold=2, **settings)
+    expected = reimplemented(found, make(), frozenset(absent))
+    assert np.abs(expected - found.federation.sites[0].initial).max() > 0.3  # something was learnt
+    of_float = found.arms["federated_float"].state.server.model
+    np.testing.assert_allclose(of_float, expected, atol=2e-6)
+    step = 2 * max(row["range"] for row in found.history if row.arm == "federated") / (1 << 20)
+    np.testing.assert_allclose(
+        found.federated.state.server.model,
+        expected,
+        atol=2e-6 + 40 * step * CAP / sum(WEIGHTS.values()),
+    )
+    assert step < 1e-5
+
+
+def test_every_algorithm_has_a_case_and_rules():
+    assert list(RULES) == list(ALGORITHMS)
+    assert set(ALGORITHMS) <= set(CASES)
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
+def test_every_protection_gives_the_same_model(algorithm):
+    models = {
+        trained(
+            protection=protection, algorithm=algorithm, rounds=2, arms=("federated",), bits=16
+        ).federated.state.model_sha256
+        for protection in PROTECTIONS
+    }
+    assert len(models) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
+def test_an_interrupted_run_goes_on_to_the_same_model(algorithm):
+    settings = {"algorithm": algorithm, "drop": ("2:submit:b",), "threshold": 2}
+    whole = trained(**settings)
+    first, second = (experiment(**settings) for _ in range(2))
+    rows = first.rounds()
+    while first.round < 3:
+        next(rows)
+    next(rows)  # both arms have stepped
+    second.restore(read_checkpoint(checkpoint_bytes(first.save())))
+    for _ in second.rounds():
+        pass
+    for arm in ("federated_float", "federated"):
+        assert second.arms[arm].state.to_bytes() == whole.arms[arm].state.to_bytes()
+
+
+def test_what_is_kept_is_that_of_the_last_sum_with_the_site():
+    old, new = {"control": np.zeros(2, "f4")}, {"control": np.ones(2, "f4")}
+    kept = KeptValues(old, 7, new)
+    for each in (kept, KeptValues.from_bytes(kept.to_bytes())):
+        assert each.at(7)["control"].tolist() == [1, 1]
+        assert each.at(6)["control"].tolist() == each.at(0)["control"].tolist() == [0, 0]
+    assert KeptValues().to_bytes() == b""
+    with pytest.raises(BadInput, match="kept values of a site"):
+        KeptValues.from_bytes(b"app-00")
+
+
+def test_a_state_says_in_whose_sums_a_site_was():
+    found = trained(drop=("2:submit:b", "5:submit:c"), threshold=2, algorithm="feddyn")
+    state = found.federation.state
+    assert state.summed == {"a": 5, "b": 5, "c": 4}
+    assert JobState.from_bytes(state.to_bytes()).summed == state.summed
+    assert replace(state, summed={}).canonical() != state.canonical()
+    assert not trained(rounds=1).federation.state.summed
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words", "hint"),
+    [
+        ({"algorithm": "krum"}, PlanRefused, "compares the sites' updates", "max_examples"),
+        ({"algorithm": "Multi-Krum"}, PlanRefused, "only sums exist", "guard"),
+        ({"algorithm": "median"}, PlanRefused, "sorts the sites' values", "leave it out"),
+        ({"algorithm": "q-FedAvg"}, PlanRefused, "that site's own loss", "per_site"),
+        ({"algorithm": "scafold"}, UnknownName, "scafold", "scaffold"),
+        (
+            {"algorithm": "scaffold", "momentum": 0.9}, BadInput,
+            r"train\.momentum: found 0\.9 with the algorithm 'scaffold', expected 0\.0", "leave momentum out",
+        ),
+        ({"algorithm": "scaffold", "optimiser": "adam"}, BadInput, r"train\.optimiser", "leave"),
+        ({"algorithm": "scaffold", "max_grad_norm": 1.0}, BadInput, r"expected none", "leave"),
+        ({"algorithm": "feddyn", "proximal_mu": 0.1}, BadInput, r"train\.proximal_mu", "leave"),
+        ({"feddyn_alpha": 0.5}, BadInput, r"train\.feddyn_alpha: found 0\.5", "feddyn"),
+        ({"algorithm": "feddyn", "server": "fedadam"}, BadInput, r"round\.server", "leave"),
+        ({"algorithm": "feddyn", "server_lr": 0.5}, BadInput, r"server_lr 0\.5", "leave"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused_with_what_does(settings, error, words, hint):
+    with pytest.raises(error, match=words) as refused:
+        build_job(settings)
+    assert hint in refused.value.remedy
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
+def test_a_task_that_trains_by_itself_is_refused(algorithm):
+    made = task(train=lambda model, rows, fit: None)
+    with pytest.raises(BadInput, match=f"found '{algorithm}' for the task 'lines'"):
+        prepare(*job_for(made, {"algorithm": algorithm, "protection": "plain"}))
+
+
+def test_without_the_setting_nothing_of_it_travels():
+    plan = trained(rounds=1, arms=("federated",)).prepared.plan
+    assert "algorithm" not in plan.to_json()["train"]
+    assert "algorithm" not in wire_settings(build_job({}))["train"]
+    assert list(plan.blocks.values()) == [4]
