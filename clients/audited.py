@@ -5,7 +5,6 @@ the line has name, size and digest, never its content; of a refusal the word tha
 policy says of settings.
 """
 
-import hashlib
 from collections.abc import Iterator
 
 from fedcore.audit.lines import Fact
@@ -14,7 +13,7 @@ from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.site.machine import SiteJob
 from fedcore.secagg.protocol.job.site.rounds import header_of
-from fedcore.secagg.protocol.wire_form import decode, encode, type_name
+from fedcore.secagg.protocol.wire_form import decode, digest, encode_message, type_name
 
 Event = tuple[str, dict[str, Fact]]
 
@@ -58,9 +57,8 @@ def file_event(job: str, what: str, size: int, digest: bytes) -> Event:
 
 def message_facts(message: job_messages.ToCoordinator) -> dict[str, Fact]:
     """Name, size and SHA-256 of a message."""
-    data = encode(message)
-    digest = hashlib.sha256(data).hexdigest()
-    return {"what": type_name(type(message)), "bytes": len(data), "sha256": digest}
+    size, found = len(encode_message(message)), digest(message).hex()
+    return {"what": type_name(type(message)), "bytes": size, "sha256": found}
 
 
 def _decision(message: job_messages.ToCoordinator, found: SiteJob) -> Iterator[Event]:

@@ -14,7 +14,7 @@ from fedcore.errors import MalformedMessage
 from fedcore.secagg.crypto.secret import Secret
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import epoch, job_messages, messages
-from fedcore.secagg.protocol.wire_form import decode, encode, type_name
+from fedcore.secagg.protocol.wire_form import decode, encode_message, type_name
 from fedcore.wire.frames import Record
 from fedcore.wire.limits import GRANT, KIB, MAX_RECORD, MOST_ITEMS, SITE_RECORD, SITE_WORDS
 
@@ -120,7 +120,7 @@ def pack_record(job: str, message: object, allowed: Table[object]) -> Record:
     entry = allowed.get(name)
     if entry is None or entry.kind is not type(message):
         raise TypeError(f"{name} does not travel this way")
-    return Record(job, _fitting(encode(message), entry, entry.most, "this site"))
+    return Record(job, _fitting(encode_message(message), entry, entry.most, "this site"))
 
 
 def unpack_record(record: Record, allowed: Table[T], *, sender: str, sites: int | None = None) -> T:

@@ -7,7 +7,7 @@ clear; vectors are named by size and digest, and uploaded apart.
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, replace
+from dataclasses import Field, dataclass
 from functools import cached_property
 from typing import Annotated, ClassVar, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from fedcore.errors import SignatureRefused
 from fedcore.secagg.crypto.hybrid import HybridPublic
 from fedcore.secagg.crypto.identity_key import IdentityKey, verify
 from fedcore.secagg.plan import RoundHeader
-from fedcore.secagg.protocol.wire_form import digest, record, type_name, unsigned
+from fedcore.secagg.protocol.wire_form import digest, record, type_name, unsigned, with_signature
 from fedcore.types import SiteId
 
 record("RoundHeader")(RoundHeader)
@@ -248,7 +248,7 @@ class Certificate:
         """Made once: for every signature anew, checking would grow with the square of the sites."""
         return digest(self.survivors)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Hex SHA-256 over what is certified, without the signatures; the next header contains it."""
         return digest((self.header, self.survivors, self.sum_mac, self.state_mac)).hex()
@@ -296,7 +296,7 @@ S = TypeVar("S", bound=Signed)
 def sign(message: S, identity: IdentityKey) -> S:
     """The message with its signature."""
     label = type_name(type(message)).encode()
-    return replace(message, signature=identity.sign(label, unsigned(message)))
+    return with_signature(message, identity.sign(label, unsigned(message)))
 
 
 def check_signature(message: Signed, pins: Mapping[SiteId, bytes]) -> None:

@@ -39,12 +39,13 @@ from fedcore.secagg.crypto.secret import SecretBytes
 @dataclass(frozen=True)
 class _Form:
     """How a record type is written. head: the first bytes, which are its name; fields: those written; values: of
-    these fields of a record."""
+    these fields of a record; signed: whether the last one is a signature."""
 
     name: str
     head: bytes
     fields: tuple[str, ...]
     values: Callable[[Any], Iterable[Any]]
+    signed: bool
 
 
 _FORMS: dict[type[Any], _Form] = {}
@@ -72,9 +73,9 @@ def record(name: str) -> Callable[[type[R]], type[R]]:
         )
         label = name.encode()
         written = tuple(f.name for f in fields(form) if f.metadata.get("byte_form", True))
-        _FORMS[form] = _Form(
-            name, b"RS" + _LENGTH(len(label)) + label, written, _values_of(written)
-        )
+        head = b"RS" + _LENGTH(len(label)) + label
+        signed = written[-1:] == ("signature",)
+        _FORMS[form] = _Form(name, head, written, _values_of(written), signed)
         _TYPES[name] = form
         return form
 
@@ -111,25 +112,53 @@ def type_name(hint: Any) -> str:
     return str(getattr(hint, "__name__", hint))
 
 
+_BYTES, _UNSIGNED, _DIGEST = "_bytes", "_unsigned", "_digest"
+"""What a frozen record keeps beside its fields, once it was made: a message is signed, hashed, journalled, recorded and
+sent, and those of 64 sites are checked many times. Bytes with a secret in them are never kept."""
+
+
 def encode(value: Any) -> bytes:
     """The byte form of a record, tuple, string, bytes, int or None."""
+    kept: bytes | None = getattr(value, "__dict__", _EMPTY).get(_BYTES)
+    if kept is not None:
+        return kept
     parts: list[bytes] = []
     _write(parts.append, value)
     return b"".join(parts)
 
 
+def encode_message(message: Any) -> bytes:
+    """`encode`, once in the life of a message. Only for what has no secret."""
+    return _kept(message, _BYTES, lambda: encode(message))
+
+
 def digest(value: Any) -> bytes:
     """SHA-256 over the byte form: 32 bytes."""
-    return _kept(value, "_digest", lambda: hashlib.sha256(encode(value)).digest())
+    return _kept(value, _DIGEST, lambda: hashlib.sha256(encode(value)).digest())
 
 
 def unsigned(message: Any) -> bytes:
-    """What a signature of the message covers: its byte form with an empty `signature`."""
-    return _kept(message, "_unsigned", lambda: encode(replace(message, signature=b"")))
+    """What a signature of the message covers: its byte form with an empty `signature`, which is the last field."""
+    return _kept(message, _UNSIGNED, lambda: _cut(encode_message(message), message))
+
+
+def _cut(data: bytes, message: Any) -> bytes:
+    if not _FORMS[type(message)].signed:
+        raise TypeError(f"{type_name(type(message))} does not end with a signature")
+    return data[: len(data) - len(message.signature) - len(_NO_LENGTH)] + _NO_LENGTH
+
+
+def with_signature(message: R, signature: bytes) -> R:
+    """The message with this signature."""
+    signed: Any = message
+    found: R = replace(signed, signature=signature)
+    covered = unsigned(message)
+    tail = _LENGTH(len(signature)) + signature
+    vars(found).update({_UNSIGNED: covered, _BYTES: covered[: -len(_NO_LENGTH)] + tail})
+    return found
 
 
 def _kept(value: Any, name: str, make: Callable[[], bytes]) -> bytes:
-    """Made once for a frozen record: a bundle of 64 sites is hashed and checked many times."""
     kept: dict[str, bytes] | None = getattr(value, "__dict__", None)
     if kept is None:  # a tuple
         return make()
@@ -138,13 +167,19 @@ def _kept(value: Any, name: str, make: Callable[[], bytes]) -> bytes:
     return kept[name]
 
 
+_EMPTY: Mapping[str, bytes] = types.MappingProxyType({})
 _LENGTH, _INTEGER = struct.Struct(">I").pack, struct.Struct(">q").pack
+_NO_LENGTH = _LENGTH(0)
 
 
 def _write(out: Callable[[bytes], None], value: Any) -> None:
     kind = type(value)
     form = _FORMS.get(kind)
     if form is not None:
+        kept = getattr(value, "__dict__", _EMPTY).get(_BYTES)
+        if kept is not None:
+            out(kept)
+            return
         out(form.head)
         parts: Iterable[Any] = form.values(value)
     elif kind is tuple:
@@ -175,13 +210,15 @@ def _write(out: Callable[[bytes], None], value: Any) -> None:
             raise TypeError(f"{kind.__name__} has no byte form")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Source:
-    """The bytes that are read, their sender, and how many items a list may have. most: None for any number."""
+    """The bytes that are read, their sender, and how many items a list may have. most: None for any number; secret:
+    whether one was read."""
 
     data: bytes
     sender: str
     most: int | None
+    secret: bool = False
 
 
 class _Place(NamedTuple):
@@ -254,6 +291,7 @@ def _read_bytes(source: _Source, at: int, *_: object) -> tuple[bytes, int]:
 
 def _read_secret(source: _Source, at: int, *_: object) -> tuple[SecretBytes, int]:
     body, end = _read_bytes(source, at)
+    source.secret = True
     return SecretBytes(body), end
 
 
@@ -275,31 +313,67 @@ def _read_items(source: _Source, at: int, depth: int, place: _Place) -> tuple[tu
         each = [_place(hint, " in a list") for hint in place.items]
     else:
         raise _mistyped("tuple", place, source)
-    items = []
-    for one in each:  # a lying count ends at the first missing item
-        item, at = _read(source, at, depth + 1, one)
-        items.append(item)
+    items, at = _read_each(source, at, depth + 1, each)
     return tuple(items), at
 
 
+def _read_each(
+    source: _Source, at: int, depth: int, places: Iterable[_Place]
+) -> tuple[list[Any], int]:
+    """The values from a position on, one for each place, and the end of the last.
+
+    Whole bytes, texts and integers are read here, because most values are; `_read` reads and refuses the others.
+    """
+    data, found, flat = source.data, [], depth <= MAX_DEPTH
+    for place in places:  # a lying count ends at the first missing item
+        kind = data[at : at + 1]
+        value: Any = None
+        end = at
+        if flat and kind in _SIZED and kind in place.readers:
+            start = at + 5
+            end = start + int.from_bytes(data[at + 1 : start], "big")
+            if end <= len(data):
+                value = data[start:end] if kind == b"B" else _text(data[start:end])
+        elif flat and kind == b"I" and kind in place.readers and at + 9 <= len(data):
+            end = at + 9
+            value = int.from_bytes(data[at + 1 : end], "big", signed=True)
+        if value is None:
+            value, end = _read(source, at, depth, place)
+        found.append(value)
+        at = end
+    return found, at
+
+
+def _text(data: bytes) -> str | None:
+    """None for bytes that are not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 def _read_record(source: _Source, at: int, depth: int, place: _Place) -> tuple[Any, int]:
+    start = at - 1
     name, at = _read(source, at, depth + 1, _place(str, " for a record's name"))
     cls: Any = _TYPES.get(name)
     if cls is None:
         raise _malformed("an unknown record", "a record of this version", source.sender)
     if not issubclass(cls, place.classes):
         raise _mistyped(name, place, source)
-    values = []
-    for each in _fields(cls):
-        value, at = _read(source, at, depth + 1, each)
-        values.append(value)
-    return cls(*values), at
+    before, source.secret = source.secret, False
+    values, at = _read_each(source, at, depth + 1, _fields(cls))
+    found = cls(*values)
+    if not source.secret and (depth == 0 or _FORMS[cls].signed):
+        vars(found)[_BYTES] = source.data[start:at]
+    source.secret |= before
+    return found, at
 
 
 _KINDS = {
     b"N": "NoneType", b"I": "int", b"B": "bytes", b"S": "str", b"L": "tuple", b"X": "SecretBytes",
     b"R": "record",
 }  # fmt: skip
+_SIZED = {b"B", b"S"}
 _PLAIN: dict[Any, bytes] = {
     None: b"N", type(None): b"N", int: b"I", bytes: b"B", str: b"S", SecretBytes: b"X", tuple: b"L",
 }  # fmt: skip

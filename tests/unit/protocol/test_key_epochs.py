@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from support.parties import HUB, PAYLOAD, Epochs, granted_by, secrets_in, with_late_joiner
+from support.records import forgetful
 
 from fedcore.errors import (
     Conflicting,
@@ -82,7 +83,7 @@ def test_stages_and_messages_survive_their_bytes():
         )
         for stage in epochs.stages.values():
             stages[type(stage)] = None
-            assert encode(decode(encode(stage), type(stage))) == encode(stage)
+            assert encode(forgetful(decode(encode(stage), type(stage)))) == encode(stage)
     assert set(stages) >= {epoch.NoKey, epoch.Offered, epoch.Holding, epoch.Spreading}
     assert epochs.stages[HUB].holders == epochs.sites
 

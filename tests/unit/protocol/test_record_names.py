@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 from support.parties import Parties
+from support.records import forgetful
 from support.scripts import load_script
 
 from fedcore.errors import OutOfOrder
@@ -34,7 +35,7 @@ def test_every_record_is_listed_with_its_name_fields_and_bytes():
 @pytest.mark.parametrize("name", LISTED)
 def test_the_listed_bytes_are_read_and_written_again(name):
     data = bytes.fromhex(LISTED[name]["example"])
-    assert encode(decode(data, records()[name])) == data
+    assert encode(forgetful(decode(data, records()[name]))) == data
 
 
 def test_a_record_has_one_name_which_no_other_has():

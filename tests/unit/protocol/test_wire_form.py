@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.parties import Parties, secrets_in
+from support.records import forgetful
 
 from fedcore.errors import MalformedMessage
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.protocol.round import coordinator, site
-from fedcore.secagg.protocol.wire_form import MAX_DEPTH, decode, digest, encode
+from fedcore.secagg.protocol.wire_form import MAX_DEPTH, decode, digest, encode, unsigned
 
 
 def said():
@@ -48,7 +49,7 @@ def test_every_message_of_a_round_was_said():
 def test_a_record_survives_its_bytes_with_its_secrets(value):
     data = encode(value)
     back = decode(data, type(value), sender="ann")
-    assert encode(back) == data and digest(back) == digest(value)
+    assert encode(forgetful(back)) == data == encode(back) and digest(back) == digest(value)
     assert secrets_in(back) == secrets_in(value)
     assert secrets_in(value) or back == value  # secrets are not compared
 
@@ -187,13 +188,43 @@ def test_only_journal_records_take_a_secret():
         decode(encode(replace(keys, state_tag=SecretBytes(b"s" * 32))), messages.Keys)
 
 
+def within(value):
+    """A value and all that is in it, the records too."""
+    yield value
+    if hasattr(value, "__dataclass_fields__"):
+        value = [getattr(value, each.name) for each in fields(value)]
+    for each in value if isinstance(value, list | tuple) else ():
+        yield from within(each)
+
+
+@pytest.mark.parametrize("value", (SAID | JOURNALLED).values(), ids=lambda v: type(v).__name__)
+def test_what_a_record_keeps_of_its_bytes_is_what_they_are(value):
+    """As it was said, and as it was read; of a secret nothing is kept."""
+    for each in (*within(value), *within(decode(encode(value), type(value)))):
+        kept = getattr(each, "__dict__", {})
+        if "_bytes" in kept:
+            assert kept["_bytes"] == encode(forgetful(each)) and not secrets_in(each)
+        if "_unsigned" in kept:
+            assert kept["_unsigned"] == encode(replace(forgetful(each), signature=b""))
+
+
+def test_bytes_are_kept_of_what_is_signed_and_not_of_a_changed_copy():
+    keys = SAID[messages.Keys]
+    assert "_bytes" in vars(keys) and "_bytes" in vars(decode(encode(keys), messages.Keys))
+    assert "_bytes" not in vars(decode(encode(JOURNALLED[site.Joined]), site.Joined))
+    other = replace(keys, site="bob")
+    assert encode(other) != encode(keys) and unsigned(other) != unsigned(keys)
+    with pytest.raises(TypeError, match="Abandon does not end with a signature"):
+        unsigned(SAID[messages.Abandon])
+
+
 def checked(data):
     """Whatever decodes has exactly these bytes; everything else is refused by name."""
     try:
         value = decode(data, object)
     except MalformedMessage:
         return
-    assert encode(value) == data
+    assert encode(forgetful(value)) == data
 
 
 @settings(max_examples=400)
