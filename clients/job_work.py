@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from fedcore_clients.audited import file_event, message_facts
@@ -92,9 +92,7 @@ class JobWork:
         state = self.job.states.current
         assert isinstance(secrets, EpochSecrets)
         assert isinstance(state, JobState)
-        protect = read_settings(self.offer.settings).get("protect", {})
-        few_sites = bool(protect.get("single_site_features"))
-        return RoundWork(self.context.id, self._parts.agreed, secrets, state, few_sites)
+        return RoundWork(self.context.id, self._parts.agreed, secrets, state, self._few_sites)
 
     async def await_approval(self) -> events.SiteEvent | None:
         """Wait for the operator's approval of the offer, or until the job has ended."""
@@ -136,10 +134,16 @@ class JobWork:
             await self._not_before(began, "loading")
         return event
 
-    @property
+    @cached_property
     def _budget(self) -> float | None:
         """`round.submit_seconds` of the job."""
         return job_of(self.offer).round.submit_seconds
+
+    @cached_property
+    def _few_sites(self) -> bool:
+        """`protect.single_site_features` of the job."""
+        protect = read_settings(self.offer.settings).get("protect", {})
+        return bool(protect.get("single_site_features"))
 
     async def _not_before(self, began: float, what: str) -> None:
         """Wait for the end of the job's budget from `began` on, if it has one: the time of what this site sends then

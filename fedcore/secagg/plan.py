@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 
 from fedcore.errors import BadInput, PlanRefused, UnknownName
@@ -489,7 +489,8 @@ class RoundHeader:
     @cached_property
     def digest(self) -> bytes:
         """h: 32 bytes."""
-        return hashlib.sha256(canonical(asdict(self))).digest()
+        about = {each.name: getattr(self, each.name) for each in fields(self)}
+        return hashlib.sha256(canonical(about)).digest()
 
     @property
     def layers(self) -> Protection:
