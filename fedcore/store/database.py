@@ -30,7 +30,6 @@ from sqlalchemy import (
     func,
     insert,
     select,
-    update,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DBAPIError
@@ -125,9 +124,10 @@ def tables(*, by_party: bool, schema: str | None = None) -> Tables:
 class Compiled:
     """A statement in the words of one database: compiling it took longer than the commit."""
 
-    def __init__(self, statement: Executable, dialect: Dialect) -> None:
+    def __init__(self, statement: Executable, dialect: Dialect, ends: str = "") -> None:
+        """ends: words behind it."""
         compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
-        self._text, self._ordered = str(compiled), compiled.positiontup
+        self._text, self._ordered = str(compiled) + ends, compiled.positiontup
         self._names = self._ordered or list(compiled.params)
 
     def run(self, connection: Connection, *rows: Mapping[str, Any]) -> Any:
@@ -165,10 +165,10 @@ class Statements:
         self.add = Compiled(insert(records).values(columns), dialect)
         self.last = Compiled(select(func.max(records.c.id)), dialect)
         self.clear = Compiled(delete(records).where(*mine(records, "stream")), dialect)
-        self.change = Compiled(
-            update(values).where(*place).values(body=bindparam("value")), dialect
-        )
-        self.new = Compiled(insert(values).values(new | party), dialect)
+        # SQLite and PostgreSQL have the same words for it, SQLAlchemy a class for each.
+        key = ", ".join(column.name for column in values.primary_key)
+        or_change = f" ON CONFLICT ({key}) DO UPDATE SET body = excluded.body"
+        self.put = Compiled(insert(values).values(new | party), dialect, or_change)
         self.get = Compiled(select(values.c.body).where(*place), dialect)
         self.remove = Compiled(delete(values).where(*place), dialect)
 

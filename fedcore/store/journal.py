@@ -105,11 +105,10 @@ class Journal:
                 each |= {"id": number, "body": self._sealer.record(each["body"], *place)}
         if rows:
             self._statements.add.run(self._connection, *rows)
-        for key, value in put.items():
-            sealed = value if self._sealer is None else self._sealer.value(value, job, key)
-            row = self._row(job, key) | {"value": sealed}
-            if not self._statements.change.run(self._connection, row).rowcount:
-                self._statements.new.run(self._connection, row)
+        if put:
+            seal = (lambda value, *_: value) if self._sealer is None else self._sealer.value
+            kept = [self._row(job, n) | {"value": seal(value, job, n)} for n, value in put.items()]
+            self._statements.put.run(self._connection, *kept)
 
     def _row(self, job: str, named: str) -> dict[str, Any]:
         return {"party": self._party, "of": job, "named": named}
