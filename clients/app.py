@@ -434,7 +434,9 @@ class Site:
 
     def _write_status(self, *, running: bool = True) -> None:
         with contextlib.suppress(OSError):
-            write_json(self.context.folder / STATUS_FILE, self.status(running=running))
+            # The next start writes it again: a flush every second would wait in the middle of rounds.
+            where = self.context.folder / STATUS_FILE
+            write_json(where, self.status(running=running), flush=False)
 
 
 _REMEDIES = {

@@ -21,15 +21,17 @@ CHECKPOINTS = "checkpoints"
 """Folder of the models that a run keeps every so many rounds."""
 
 
-def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write a file, from its bytes or from its pieces, so that it is there whole or not at all."""
+def write_atomic(path: Path, data: bytes | Iterable[bytes], *, flush: bool = True) -> None:
+    """Write a file, from its bytes or from its pieces, so that it is there whole or not at all. flush: also after a
+    power cut."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with _named(path):
             with beside.open("wb") as file:
                 file.writelines((data,) if isinstance(data, bytes) else data)
                 file.flush()
-                os.fsync(file.fileno())
+                if flush:
+                    os.fsync(file.fileno())
             beside.replace(path)
     finally:
         # Where the folder vanished or is not writable, the error above is the one to tell.
@@ -47,10 +49,10 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Pretty JSON, written whole."""
+def write_json(path: Path, value: Any, *, flush: bool = True) -> None:
+    """Pretty JSON, written whole. flush: also after a power cut."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomic(path, text.encode())
+    write_atomic(path, text.encode(), flush=flush)
 
 
 def append_row(directory: Path, row: Mapping[str, object], name: str = ROUNDS_FILE) -> None:
