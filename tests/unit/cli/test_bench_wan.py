@@ -1,6 +1,5 @@
 """The links of `fedcore bench engine --wan`: delay, rate and buffer, and what the benchmark makes of its times."""
 
-import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.networks import needs_namespaces
 
 from fedcore.bench import engine
 from fedcore.bench.slow_link import Direction
@@ -20,16 +20,6 @@ from fedcore.types import SiteId
 A, B = SiteId("a"), SiteId("b")
 
 NETWORK = Path("/proc/thread-self/ns/net")
-
-
-def _makes_namespaces() -> bool:
-    unshare = shutil.which("unshare")
-    return unshare is not None and subprocess.run([unshare, "--net", "true"]).returncode == 0
-
-
-needs_root = pytest.mark.skipif(
-    not _makes_namespaces(), reason="this user may not make network namespaces here"
-)
 
 
 def test_a_packet_arrives_after_those_before_it_and_the_delay() -> None:
@@ -52,7 +42,7 @@ def test_a_full_buffer_drops_packets_and_an_idle_link_keeps_no_credit() -> None:
     assert way.next == pytest.approx(200.1)
 
 
-@needs_root
+@needs_namespaces
 def test_bytes_between_two_namespaces_take_the_delay_and_are_counted() -> None:
     before = NETWORK.readlink()
     with links((A, B), Line(delay_ms=60, mbit=100)) as found:
@@ -80,7 +70,7 @@ def test_bytes_between_two_namespaces_take_the_delay_and_are_counted() -> None:
     assert NETWORK.readlink() == before
 
 
-@needs_root
+@needs_namespaces
 def test_nothing_is_left_after_an_error_inside() -> None:
     before, threads = NETWORK.readlink(), threading.active_count()
     made: list[int] = []
