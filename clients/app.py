@@ -26,6 +26,7 @@ from fedcore_clients.job_gate import JobGate
 from fedcore_clients.job_policy import ROSTER
 from fedcore_clients.job_runner import JobRunner
 from fedcore_clients.ledger import LEDGER_FILE, Ledger
+from fedcore_clients.next_key import finish as finish_new_key
 from fedcore_clients.offers import APPROVALS, offer_digest
 from fedcore_clients.policy import SITE_FILE, SitePolicy
 from fedcore_clients.policy_file import PolicyFile
@@ -568,6 +569,7 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
 
 def run(config: SiteConfig, show: Callable[[str], None], health_port: int | None = None) -> None:
     """Run until SIGTERM or SIGINT. show: prints a line; health_port: of /healthz and /readyz. Raises FedcoreError."""
+    finish_new_key(config.kit)
     papers = read_papers(config)
     close_to_others(config.folder, OWN_FILES)
     with opened(config, papers) as context:

@@ -168,6 +168,44 @@ def _joined_online(
 
 
 @app.command()
+def renew(
+    new_key: Annotated[
+        bool,
+        typer.Option("--new-key", help="Make a new TLS key, for the next certificate."),
+    ] = False,
+    config: Config = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Show when this site's certificate is renewed; by itself, for the same key or for a new one."""
+    from fedcore_clients.config import read_config
+    from fedcore_clients.next_key import NEXT_KEY, make_next_key
+    from fedcore_clients.renewal import due_at
+
+    from fedcore.identity.kit import PublicKit
+
+    site = read_config(config)
+    peer = PublicKit.load(site.kit).peer
+    made = new_key and make_next_key(site)
+    waits = (site.kit / NEXT_KEY).exists()
+    due = due_at(peer, new_key=waits)
+    key = f"a new key ({site.kit / NEXT_KEY})" if waits else "the key that it has"
+    _print(
+        as_json,
+        {
+            "until": peer.ends.isoformat(),
+            "renewed_from": due.isoformat(),
+            "new_key": waits,
+            "made": made,
+        },
+        [
+            f"certificate until {peer.ends:%Y-%m-%d %H:%M} UTC; from {due:%Y-%m-%d %H:%M} UTC on the running site asks "
+            f"for the next one, for {key}",
+            *(["fed-site renew --new-key makes a new key for it"] if not waits else []),
+        ],
+    )
+
+
+@app.command()
 def check(config: Config = _HERE, as_json: AsJson = False) -> None:
     """Try everything this site needs. Config, keys, tasks and their hashes, data, network, clock."""
     from fedcore_clients.check import examine

@@ -10,7 +10,9 @@ from datetime import timedelta
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from fedcore_clients import joining
+from fedcore_clients.cli import main
 from fedcore_clients.config import read_config
+from fedcore_clients.next_key import NEXT_CERTIFICATE, NEXT_KEY, finish
 from fedcore_clients.renewal import Renewal
 from fedcore_clients.session import Session
 
@@ -93,6 +95,52 @@ def test_a_site_renews_its_certificate_in_its_session(files, va, tmp_path):
     assert len(files.enrolment("va").serials) == 3
     ((event, facts),) = noted
     assert (event, facts["what"], facts["serial"]) == ("key", "certificate", serial(va))
+
+
+@pytest.mark.parametrize("killed", ["", "before the key", "before the certificate"])
+def test_a_site_renews_its_certificate_for_a_new_key(files, va, tmp_path, capsys, killed):
+    def fed_site(*words):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--config", str(va / "site.toml")])
+        return ended.value.code, capsys.readouterr().out
+
+    shorten(files, va, 2 / 1440)
+    old_key, noted = read_key(va / "kit" / "key.pem"), []
+    code, out = fed_site("renew")
+    assert code == 0 and "for the key that it has" in out
+    for _ in range(2):  # one that waits is kept
+        code, out = fed_site("renew", "--new-key")
+        assert code == 0 and "for a new key" in out
+    waiting = read_key(va / "kit" / NEXT_KEY)
+
+    async def play():
+        async with (
+            coordinator(files, now, tmp_path) as hub,
+            site(va, files.roster(), noted=noted) as (session, renewal),
+        ):
+            await until(lambda: session.since is not None)
+            peer = session.kit.peer
+            await renewal.step(peer.begins + 0.49 * (peer.ends - peer.begins))
+            assert serial(va) == session.kit.peer.serial
+            await renewal.step(now())
+            await renewal.step(now())
+            await until(
+                lambda: (new := hub.sessions.open.get("va")) and new.peer.serial == serial(va)
+            )
+
+    asyncio.run(play())
+    new = read_key(va / "kit" / "key.pem")
+    assert new.public_key() == waiting.public_key() != old_key.public_key()
+    assert noted[0][1]["tls_key"] == "a new one"
+    if killed:  # with both on disk, as a process does that ended in the middle
+        (va / "kit" / "certificate.pem").rename(va / "kit" / NEXT_CERTIFICATE)
+        if killed == "before the key":
+            (va / "kit" / "key.pem").rename(va / "kit" / NEXT_KEY)
+        finish(va / "kit")
+    Kit.load(va / "kit").check("site", now())
+    assert sorted(path.name for path in (va / "kit").iterdir()) == [
+        "authority.pem", "certificate.pem", "key.pem"
+    ]  # fmt: skip
 
 
 def test_a_certificate_that_lasts_is_not_renewed(files, va, tmp_path):
