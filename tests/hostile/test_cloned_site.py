@@ -48,13 +48,10 @@ def copied(folder, to):
 async def stream(folder, hello):
     """A session of this folder's site of which the test writes and reads every frame: it answers no ping."""
     config, kit = read_config(folder / "site.toml"), Kit.load(folder / "kit")
-    channel = open_channel(kit, *config.addresses[0])
-    try:
+    async with open_channel(kit, *config.addresses[0]) as channel:
         found = channel.stream_stream(calls.SESSION.path)()
         await found.write(calls.SESSION.takes.pack(hello))
         yield found
-    finally:
-        await channel.close()
 
 
 async def next_of(found, *kinds):
