@@ -150,7 +150,8 @@ class Sessions:
         self.seconds: dict[SiteId, str] = {}
         """Where and when a second process came as a site last, in words."""
         self.probe_seconds = PROBE_SECONDS
-        self._refusals = Seldom()
+        self._refusals, self._clones = Seldom(), Seldom()
+        """Apart, so that no flood of refused calls keeps a second process of a site out of the trail."""
         self._packed: tuple[str, ToSite | None, bytes] = "", None, b""
         """The last job, message and serialised frame: the same message usually goes to all sites."""
 
@@ -229,16 +230,16 @@ class Sessions:
         self.counts.cloned += 1
         at = f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M:%S} UTC"
         self.seconds[name] = f"refused a second process from {session.address} at {at}"
-        LOG.error(
-            "site %s: refused a second process from %s: %s; if only one is the site's, revoke it and have it join "
-            "again with new keys", name, session.address, text,
-        )  # fmt: skip
-        if self._refusals.allows(("cloned", name, session.address)):
+        if self._clones.allows((name, session.address)):
+            LOG.error(
+                "site %s: refused a second process from %s: %s; if only one is the site's, revoke it and have it join "
+                "again with new keys", name, session.address, text,
+            )  # fmt: skip
             about = {"certificate": session.peer.fingerprint, "address": session.address}
             self.note(
                 "refused", call=calls.SESSION.name, word="cloned", site=name, text=text, **about
             )
-        before.put(frames.SecondProcess(session.address, int(now * 1000)))
+            before.put(frames.SecondProcess(session.address, int(now * 1000)))
         return frames.Goodbye("cloned", text)
 
     def begin(self, name: SiteId, session: SiteSession) -> None:

@@ -17,8 +17,9 @@ from fedcore_server.federation_views import sites_rows
 from fedcore_server.sessions import Sessions
 
 from fedcore.audit.keys import SiteSigner
+from fedcore.audit.seldom import MOST
 from fedcore.audit.trail import AuditTrail
-from fedcore.errors import Refused, StoreProblem
+from fedcore.errors import BadInput, Refused, StoreProblem
 from fedcore.identity.kit import Kit
 from fedcore.results import JobSite
 from fedcore.secagg.crypto.identity_key import IdentityKey
@@ -100,6 +101,33 @@ def test_a_copy_is_refused_while_the_site_runs_and_both_are_told(files, va, tmp_
     assert (at_site["word"], at_site["address"]) == ("cloned", HERE)
     (at_copy,) = recorded(tmp_path / "copy" / "state", "refused")
     assert at_copy["word"] == "cloned" and "another process" in at_copy["text"]
+
+
+def test_one_that_comes_again_and_again_fills_no_log_and_counts_each_time(
+    files, va, tmp_path, caplog
+):
+    hub_trail = AuditTrail.open(tmp_path / "hub", SiteSigner(IdentityKey()), {})
+
+    async def play():
+        async with (
+            coordinator(files, now, tmp_path, audit=hub_trail) as hub,
+            site_process(va) as (site, _),
+        ):
+            await until(lambda: site.session.since)
+            for number in range(2 * MOST):
+                hub.sessions.refused("Submit", BadInput(f"job {number}"), "BadInput")
+            for _ in range(4):
+                hello = frames.Hello(hub.context.rosters.current.digest)
+                async with stream(va, hello) as copy:
+                    assert (await next_of(copy, frames.Goodbye)).code == "cloned"
+            await until(lambda: site.second.text)
+            assert hub.sessions.counts.cloned == 4
+
+    with hub_trail:
+        asyncio.run(play())
+    cloned = [line for line in recorded(tmp_path / "hub", "refused") if line["word"] == "cloned"]
+    assert len(cloned) == 1, "also beside a flood of other refusals"
+    assert caplog.text.count("refused a second process") == 1
 
 
 def test_without_the_rule_a_copy_takes_the_place_of_the_running_site(files, va, tmp_path, without):

@@ -12,7 +12,9 @@ from fedcore.audit.keys import SiteSigner
 from fedcore.audit.trail import AuditTrail
 from fedcore.errors import Refused
 from fedcore.identity.authority import Authority
+from fedcore.identity.signed_roster import SignedRoster
 from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.wire import frames
 from tests.support.federations import authority_of, new_federation, now
 from tests.support.live_sessions import coordinator, joined, recorded, site_process, until
 
@@ -95,6 +97,32 @@ def test_a_coordinator_of_another_authority_is_named_in_the_trail(files, va, tmp
 
     asyncio.run(play())
     assert words(va / "state") == ["issuer"]
+
+
+@pytest.mark.parametrize("word", ["signature", "older"])
+def test_a_roster_that_a_site_refuses_is_in_the_trails_of_both_ends(
+    files, va, tmp_path, trail, word
+):
+    """Of another authority, or older than the one that the site has seen."""
+    number, authority = (9, Authority.create("heart", now())) if word == "signature" else (1, None)
+    sites = {"va": files.roster().sites["va"]}
+    made = SignedRoster("heart", number, now().replace(microsecond=0), sites)
+    document = made.sign(authority or authority_of(files)).to_toml()
+
+    async def play():
+        async with (
+            coordinator(files, now, tmp_path, audit=trail) as hub,
+            site_process(va) as (site, _),
+        ):
+            await until(lambda: site.session.since)
+            hub.sessions.open["va"].put(frames.Roster(document))
+            await until(lambda: recorded(tmp_path / "hub", "refused"))
+            assert site.context.rosters.current.number == 2, "the one before stays in force"
+
+    asyncio.run(play())
+    (here,), (there,) = recorded(va / "state", "refused"), recorded(tmp_path / "hub", "refused")
+    assert (here["what"], here["why"]) == ("roster", word)
+    assert (there["what"], there["why"], there["site"]) == ("roster", word, "va")
 
 
 def test_a_renewed_certificate_is_taken_after_the_old_one_has_expired(files, va):
