@@ -27,6 +27,7 @@ _REPLIES = {
 }  # fmt: skip
 """What a SOCKS5 server's reply stands for (RFC 1928, section 6)."""
 
+_CLOSED = "check host, port and kind of the proxy, and that it allows this machine"
 _ALLOW = "ask whoever runs the proxy to allow {where}, as CONNECT without inspection"
 _LOGIN = "check `user` and `password` of [proxy] in site.toml, or those of the variable in the environment"
 
@@ -50,7 +51,7 @@ def connect(host: str, port: int, proxy: Proxy | None, timeout: float = TIMEOUT)
         connection.close()
         raise BadInput(
             f"{what}: found no answer ({error.strerror or 'timed out'}), expected one of a {through.scheme} proxy",
-            remedy="check host, port and kind of the proxy, and that it allows this machine",
+            remedy=_CLOSED,
         ) from error
     except BaseException:
         connection.close()
@@ -86,16 +87,16 @@ class _Talk:
         self._connection.settimeout(self._left())
         self._connection.sendall(data)
 
-    def read(self, size: int) -> bytes:
-        """So many bytes. Raises OSError, BadInput where it ends before."""
+    def read(self, size: int, *, after: str = "before its answer", remedy: str = _CLOSED) -> bytes:
+        """So many bytes. Raises OSError, BadInput where it ends before; after: when that is, in words."""
         found = b""
         while len(found) < size:
             self._connection.settimeout(self._left())
             more = self._connection.recv(size - len(found))
             if not more:
                 raise BadInput(
-                    f"{self.what}: found the connection closed before its answer, expected one",
-                    remedy="check host, port and kind of the proxy, and that it allows this machine",
+                    f"{self.what}: found the connection closed {after}, expected an answer",
+                    remedy=remedy,
                 )
             found += more
         return found
@@ -195,7 +196,7 @@ def _log_in(talk: _Talk, proxy: Proxy) -> None:
                 f"proxy: found a {name} of {len(each)} bytes, expected 1 to 255, as SOCKS5 has it"
             )
     talk.send(bytes([1, len(user)]) + user + bytes([len(secret)]) + secret)
-    version, status = talk.read(2)
+    version, status = talk.read(2, after="at the user and the password", remedy=_LOGIN)
     if version != 1:
         raise _nonsense(talk, "SOCKS5")
     if status:

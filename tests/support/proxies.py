@@ -107,7 +107,7 @@ class Middle:
 
 class ProxyServer(Middle):
     """A proxy of a kind. login: (user, password) that it asks for; fault: what it does in place of its work, "forbids",
-    "unreachable", "talks nonsense", "closes" or "asks for another login"."""
+    "unreachable", "talks nonsense", "closes", "closes at a wrong login" or "asks for another login"."""
 
     def __init__(self, kind: str, to: int, login=None, fault: str = "") -> None:
         super().__init__(to)
@@ -160,7 +160,8 @@ class ProxyServer(Middle):
             assert await reader.readexactly(1) == b"\x01"
             given = [(await reader.readexactly((await reader.readexactly(1))[0])) for _ in "12"]
             good = given == [each.encode() for each in self.login]
-            writer.write(bytes([1, 0 if good else 1]))
+            if good or self.fault != "closes at a wrong login":
+                writer.write(bytes([1, 0 if good else 1]))
             if not good:
                 return False
         assert await reader.readexactly(3) == b"\x05\x01\x00"

@@ -189,6 +189,8 @@ def with_password(text):
          "found status 502 for hub.example:PORT, expected 200", "the proxy does not reach hub.example:"),
         ("http", {"fault": "talks nonsense"}, "found an answer that is not HTTP, expected a", "and its kind: http://"),
         ("http", {"fault": "closes"}, "found the connection closed before its answer, expected", "check host, port"),
+        ("socks5", {"login": LOGIN, "fault": "closes at a wrong login", "proxy": with_password("hunter2")},
+         "found the connection closed at the user and the password, expected an answer", "check `user` and"),
         ("socks5", {"login": LOGIN, "proxy": with_password("hunter2")},
          "found the user or the password refused, expected them accepted", "check `user` and `password`"),
         ("socks5", {"login": LOGIN, "proxy": lambda m: Proxy.parse(f"socks5://127.0.0.1:{m.port}")},
