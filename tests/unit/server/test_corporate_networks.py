@@ -13,6 +13,7 @@ import tomli_w
 from fedcore_clients import check, joining
 from fedcore_clients.config import read_config
 from fedcore_clients.renewal import Renewal
+from fedcore_clients.sandbox import hidden
 from fedcore_clients.session import Session
 from fedcore_server.app import KEEPALIVE
 
@@ -311,3 +312,10 @@ def test_a_site_uses_the_environments_proxy_only_if_its_settings_say_so(
     )  # fmt: skip
     with pytest.raises(BadInput, match=r"^site\.toml: proxy: found a password in the URL"):
         read_config(rewritten(folder, proxy="http://ann:hunter2@proxy.example:3128"))
+
+
+def test_a_tasks_process_has_neither_the_password_nor_its_file(files, tmp_path):
+    folder = joined(files, tmp_path / "va")
+    proxy = {"url": "http://p:1", "user": LOGIN[0], "password": secret_file(folder)}
+    config = read_config(rewritten(folder, proxy=proxy))
+    assert folder / "proxy-password" in hidden(config)
