@@ -30,6 +30,7 @@ from fedcore_clients.next_key import finish as finish_new_key
 from fedcore_clients.offers import APPROVALS, offer_digest
 from fedcore_clients.policy import SITE_FILE, SitePolicy
 from fedcore_clients.policy_file import PolicyFile
+from fedcore_clients.rate import Pace
 from fedcore_clients.receipts import Receipts
 from fedcore_clients.renewal import Renewal
 from fedcore_clients.rosters import (
@@ -159,6 +160,7 @@ class Site:
         self.second = SecondProcesses(self._note)
         self.away_text = ""
         """Why this site takes part in nothing now, for its operator."""
+        self.pace = Pace(lambda: context.policy.rules)
         self.session = Session(
             kit,
             config,
@@ -167,6 +169,7 @@ class Site:
             self._on_connected,
             JobGate(self.jobs),
             self._refused,
+            self.pace,
         )
         self.receipts = Receipts(
             context.audit, context.folder, kit, self.session.ask_receipt, context.clock
@@ -314,6 +317,7 @@ class Site:
             "last_error": link.last_error, "jobs": rows, "written": time.time(),
             "roster": self.rosters.to_json(),
             "running": running, "process": os.getpid(), "policy_problem": self.policy_file.problem,
+            "rate": self.pace.text,
             "away": self.away_text, "second": self.second.text, "control_problem": self.control.problem,
         }  # fmt: skip
 

@@ -25,6 +25,7 @@ from fedcore_clients import app
 from fedcore_clients.app import Papers
 from fedcore_clients.config import JOURNAL_FILE, SiteConfig, TaskSection, read_config
 from fedcore_clients.policy import SitePolicy
+from fedcore_clients.rate import limit_text
 from fedcore_clients.rosters import newest_roster, sites_text
 from fedcore_clients.sandbox import NONE_HINT, choose
 from fedcore_clients.session import call_unary, open_channel
@@ -35,7 +36,7 @@ from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProb
 from fedcore.files.disk import open_to_others
 from fedcore.identity.addresses import authority_of
 from fedcore.identity.preflight import preflight
-from fedcore.identity.proxies import Proxy
+from fedcore.identity.proxies import NONE, VARIABLES, Proxy
 from fedcore.identity.signed_roster import changes_of
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
@@ -240,10 +241,10 @@ def _data(config: SiteConfig, task: Task, section: TaskSection) -> str:
 
 def _network(config: SiteConfig, papers: Papers) -> Iterator[Check]:
     check, through = _try("proxy", lambda: _proxy(config))
-    if not check.ok or through is not None:
-        yield check
+    yield check
     if not check.ok:
         return
+    yield Check("line", True, _line_text(config))
     config = config if through else _serving(config)
     host, port = (through.host, through.port) if through else (config.host, config.port)
     whose = "proxy" if through else "coordinator"
@@ -266,8 +267,17 @@ def _proxy(config: SiteConfig) -> tuple[str, Proxy | None]:
     """The proxy on the way to the coordinator, None where there is none."""
     found = config.through
     if found is None or not found.serves(config.host, config.port):
-        return "none", None
+        unused = next((name for name in VARIABLES if os.environ.get(name)), None)
+        ignored = config.proxy.url == NONE and unused is not None
+        more = f'; {unused} is set and not used: proxy = "environment" in site.toml would'
+        return f"none{more if ignored else ''}", None
     return f"{found.text}; it resolves the coordinator's name, and sees ciphertext only", found
+
+
+def _line_text(config: SiteConfig) -> str:
+    """Keep-alive, and the limit of transfers."""
+    limit = limit_text(config.policy, datetime.now(UTC)) or "no limit (max_mbit)"
+    return f"a ping after {config.keepalive_seconds:g} s of quiet; transfers: {limit}"
 
 
 def _serving(config: SiteConfig) -> SiteConfig:

@@ -8,9 +8,10 @@ libraries map of their files. What the process starts inherits both.
 import os
 import resource
 from pathlib import Path
+from typing import Self
 
 from fedcore_clients.hours import Hours, zone_of
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedcore.files.toml import Section
 
@@ -19,13 +20,16 @@ _TORCH_REFUSED = "can't allocate memory"
 
 
 class MachineSection(Section):
-    """The keys of a policy that are about time and machine. hours, time_zone: when the site takes part (`hours.py`);
-    None: always. cpu_threads: CPUs of the training process; memory_mb: its memory in MiB; None: no limit."""
+    """The keys of a policy that are about time, machine and line. hours, time_zone: when the site takes part
+    (`hours.py`); None: always. cpu_threads: CPUs of the training process; memory_mb: its memory in MiB; max_mbit: its
+    transfers each way, in Mbit/s, within max_mbit_hours (None: always); None: no limit."""
 
     hours: str | None = None
     time_zone: str = "UTC"
     cpu_threads: int | None = Field(default=None, ge=1)
     memory_mb: int | None = Field(default=None, ge=256)
+    max_mbit: float | None = Field(default=None, ge=0.1)
+    max_mbit_hours: str | None = None
 
     @field_validator("time_zone")
     @classmethod
@@ -33,11 +37,17 @@ class MachineSection(Section):
         zone_of(found)
         return found
 
-    @field_validator("hours")
+    @field_validator("hours", "max_mbit_hours")
     @classmethod
     def _are_hours(cls, found: str | None) -> str | None:
         Hours.of(found, "UTC")
         return found
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Self:
+        if self.max_mbit is None and self.max_mbit_hours is not None:
+            raise ValueError("max_mbit beside max_mbit_hours")
+        return self
 
 
 def limit(threads: int | None, memory_mb: int | None) -> None:

@@ -21,6 +21,7 @@ import grpc
 import grpc.aio
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.leaving import Gate
+from fedcore_clients.rate import Pace
 
 from fedcore.errors import (
     BadInput,
@@ -122,18 +123,21 @@ class Offline(Exception):
 
 
 class _Presence:
-    """Whether there is to be a session. away: why not, of `frames.AWAY`, or ""; attempt: the one under way."""
+    """Whether there is to be a session. away: why not, of `frames.AWAY`, or ""; attempt: the one under way; welcomed:
+    whether the last one was."""
 
     def __init__(self) -> None:
         self.away = ""
         self.wanted = asyncio.Event()
         self.wanted.set()
         self.attempt: asyncio.Task[None] | None = None
+        self.welcomed = False
 
 
 class Session:
     """Runs until cancelled. on_frame: of `ForJobs`; on_connected: after a Welcome; gate: what each record and upload
-    passes; on_refused: the word and the text of a certificate that one end does not accept, once for each cause."""
+    passes; on_refused: the word and the text of a certificate that one end does not accept, once for each cause; pace:
+    the rate of transfers."""
 
     def __init__(
         self,
@@ -144,11 +148,13 @@ class Session:
         on_connected: Callable[[], None],
         gate: Gate,
         on_refused: Callable[[str, str], None] = lambda word, text: None,
+        pace: Pace | None = None,
     ) -> None:
         self.kit, self._config, self._hello = kit, config, hello
         self._instance = frames.new_instance()
         self._on_frame, self._on_connected, self._gate = on_frame, on_connected, gate
         self._on_refused = on_refused
+        self._pace = pace or Pace()
         self._out: asyncio.Queue[bytes] | None = None
         self._channel: grpc.aio.Channel | None = None
         self._receipts: dict[bytes, asyncio.Future[frames.UploadReceipt]] = {}
@@ -162,7 +168,6 @@ class Session:
         self.last_error = ""
         self.welcome: frames.Welcome | None = None
         self.refused: frames.Goodbye | None = None
-        self._was_welcome = False
         self._presence = _Presence()
 
     async def ask(self, call: calls.Call[Q, A], asked: Q) -> A:
@@ -216,9 +221,9 @@ class Session:
                     raise
                 pause = FIRST_PAUSE  # the operator sent it away
                 continue
-            if self._was_welcome and time.monotonic() - started > 2 * pause:
+            if self._presence.welcomed and time.monotonic() - started > 2 * pause:
                 pause = FIRST_PAUSE
-            if not self._was_welcome:
+            if not self._presence.welcomed:
                 self._turn += 1
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             if self._turn % len(self._config.addresses) == 0:  # every address was tried
@@ -235,7 +240,7 @@ class Session:
             self.last_error = type(error).__name__
 
     async def _once(self) -> None:
-        config, self._was_welcome = self._config, False
+        config, self._presence.welcomed = self._config, False
         out: asyncio.Queue[bytes] = asyncio.Queue()
         async with open_channel(
             self.kit, *self._place, proxy=config.through, folder=config.folder,
@@ -284,7 +289,7 @@ class Session:
                 fault="coordinator",
             )  # fmt: skip
         self.welcome, self.since, self.last_error = frame, time.time(), ""
-        self._was_welcome = True
+        self._presence.welcomed = True
         LOG.info("connected to %s (%s)", self.coordinator, frame.software)
 
     def _goodbye(self, frame: frames.Goodbye) -> None:
@@ -411,6 +416,7 @@ class Session:
                 await self._upload(frames.UploadStart(job, header, digest, size), source)
                 return
             source = await asyncio.to_thread(source.read_bytes)
+        await self._pace.sent(len(source))
         await self._inline(
             frames.SmallUpload(frames.UploadStart(job, header, digest, len(source)), source)
         )
@@ -424,7 +430,7 @@ class Session:
                     return
                 start = replace(start, offset=found.offset)
                 begin: Any = channel.stream_unary(calls.UPLOAD.path)
-                call = begin(_frames(start, source))
+                call = begin(_frames(start, source, self._pace))
                 receipt = calls.UPLOAD.gives.unpack(await call, sender="coordinator")
                 if receipt.complete:
                     return
@@ -471,6 +477,7 @@ class Session:
         stream = begin(call.takes.pack(start))
         incoming = None
         async for raw in stream:
+            await self._pace.received(len(raw))
             frame = call.gives.unpack(raw, sender="coordinator")
             if incoming is None:
                 if not isinstance(frame, frames.DownloadHead) or frame.offset != start.offset:
@@ -495,9 +502,10 @@ async def send_frames(stream: Any, out: asyncio.Queue[bytes]) -> None:
             await stream.write(await out.get())
 
 
-async def _frames(start: frames.UploadStart, path: Path) -> AsyncIterator[bytes]:
-    """The upload's frames, read from disk in a thread one at a time."""
+async def _frames(start: frames.UploadStart, path: Path, pace: Pace) -> AsyncIterator[bytes]:
+    """The upload's frames, read from disk in a thread one at a time, at the site's pace."""
     with path.open("rb") as file:
         parts = chunks.upload(start, file)
         while (frame := await asyncio.to_thread(next, parts, None)) is not None:
+            await pace.sent(len(frame))
             yield frame

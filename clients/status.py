@@ -129,6 +129,8 @@ def status_lines(status: Json) -> Iterator[str]:
         yield f"control: {status['control_problem']}"
     if status.get("policy_problem"):
         yield f"policy: {status['policy_problem']}"
+    if status.get("rate"):
+        yield f"transfers: {status['rate']}"
     if status["last_error"]:
         yield f"last error: {status['last_error']}"
     if "roster" in status:  # an older process wrote none

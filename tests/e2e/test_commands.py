@@ -258,8 +258,8 @@ def test_check_says_ok_for_everything(fed, call):
     found = json.loads(out)
     assert code == 0 and found["ok"]
     assert [each["name"] for each in found["checks"]] == [
-        "config", "keys", "policy", "folder", "sandbox", "task small", "data small", "dns", "tcp",
-        "tls", "admitted", "clock", "version",
+        "config", "keys", "policy", "folder", "sandbox", "task small", "data small", "proxy", "line",
+        "dns", "tcp", "tls", "admitted", "clock", "version",
     ]  # fmt: skip
     by_name = {each["name"]: each["found"] for each in found["checks"]}
     assert "40 rows (32 to train on, 8 to test)" in by_name["data small"]
