@@ -36,7 +36,7 @@ from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProb
 from fedcore.files.disk import open_to_others
 from fedcore.identity.addresses import authority_of
 from fedcore.identity.preflight import preflight
-from fedcore.identity.proxies import NONE, VARIABLES, Proxy
+from fedcore.identity.proxies import NONE, Proxy, variable_set
 from fedcore.identity.signed_roster import changes_of
 from fedcore.store.journal import Journal
 from fedcore.types import Json, SiteId
@@ -267,7 +267,7 @@ def _proxy(config: SiteConfig) -> tuple[str, Proxy | None]:
     """The proxy on the way to the coordinator, None where there is none."""
     found = config.through
     if found is None or not found.serves(config.host, config.port):
-        unused = next((name for name in VARIABLES if os.environ.get(name)), None)
+        unused = variable_set(os.environ)
         ignored = config.proxy.url == NONE and unused is not None
         more = f'; {unused} is set and not used: proxy = "environment" in site.toml would'
         return f"none{more if ignored else ''}", None

@@ -9,3 +9,9 @@ Invariant: this package imports `fedcore` and never `fedcore_clients`, and nothi
 coordinator's decisions are made in `fedcore`, without network or disk; the code here carries them out in
 order.
 """
+
+import os
+
+# gRPC's own resolver knows no nsswitch.conf, and of several addresses in /etc/hosts takes one. The system's finds what
+# every other program here finds, `check` too. gRPC reads the variable when it is imported, which it is not before.
+os.environ.setdefault("GRPC_DNS_RESOLVER", "native")

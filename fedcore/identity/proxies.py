@@ -237,6 +237,11 @@ def _of_variable(name: str) -> bytes:
     return os.fsencode(text)
 
 
+def variable_set(variables: Mapping[str, str]) -> str | None:
+    """The first variable that names a proxy; None where none does."""
+    return next((each for each in VARIABLES if variables.get(each)), None)
+
+
 _TAKEN: dict[str, Proxy] = {}
 """Proxies whose password was removed from the environment, by the URL that is left there."""
 

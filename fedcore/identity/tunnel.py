@@ -5,12 +5,13 @@ ciphertext, the name and the port. Nothing is sent to the coordinator here.
 """
 
 import base64
+import os
 import socket
 import time
 
 from fedcore.errors import BadInput, printable
 from fedcore.identity.addresses import authority_of, ip_of
-from fedcore.identity.proxies import Proxy
+from fedcore.identity.proxies import Proxy, variable_set
 
 TIMEOUT = 5.0
 """Seconds for each step: the connection, and the whole talk with a proxy."""
@@ -38,7 +39,14 @@ def connect(host: str, port: int, proxy: Proxy | None, timeout: float = TIMEOUT)
     where = authority_of(host, port)
     through = proxy if proxy is not None and proxy.serves(host, port) else None
     if through is None:
-        return _tcp(host, port, f"coordinator {where}", timeout)
+        try:
+            return _tcp(host, port, f"coordinator {where}", timeout)
+        except BadInput as error:
+            name = variable_set(os.environ) if proxy is None else None
+            if name is None:
+                raise
+            more = f'; or is it behind the proxy of {name}? It is used under proxy = "environment" only'
+            raise BadInput(str(error), remedy=error.remedy + more) from error
     what = f"proxy {through.where}"
     connection = _tcp(through.host, through.port, what, timeout)
     talk = _Talk(connection, what, timeout)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import ssl
 import tomllib
 
 import pytest
 import tomli_w
 from fedcore_clients import check, joining
+from fedcore_clients.cli import main
 from fedcore_clients.config import read_config
 from fedcore_clients.renewal import Renewal
 from fedcore_clients.sandbox import hidden
@@ -92,6 +94,36 @@ def test_a_site_joins_through_a_proxy_and_keeps_it_in_its_settings(files, tmp_pa
     assert found.proxy.password == f"file:{tmp_path / 'proxy-password'}"
     assert found.through.password.reveal() == LOGIN[1].encode()
     assert LOGIN[1] not in (folder / "site.toml").read_text()
+
+
+def test_join_takes_the_place_of_a_password_and_refuses_the_password_itself(
+    files, tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "va"
+    line = files.invite("va", 7, now())[0].text()
+    monkeypatch.setenv("PROXY_PASSWORD_OF_JOIN", LOGIN[1])
+    with served(files), ProxyServer("socks5", files.config.enrol_port, LOGIN) as middle:
+        url = f"socks5://ann:hunter2@127.0.0.1:{middle.port}"
+        with pytest.raises(SystemExit) as caught:
+            main(["join", line, "--out", str(folder), "--proxy", url])
+        assert caught.value.code == 2
+        assert not folder.exists()
+        place = [
+            "--proxy",
+            url.replace(":hunter2", ""),
+            "--proxy-password",
+            "env:PROXY_PASSWORD_OF_JOIN",
+        ]
+        with pytest.raises(SystemExit) as caught:
+            main(["join", line, "--out", str(folder), *place])
+        assert caught.value.code in {0, None}
+    told = "".join(capsys.readouterr())
+    assert "--proxy: found a password in the URL" in told
+    assert not any(each in told for each in ("hunter2", LOGIN[1]))
+    found = tomllib.loads((folder / "site.toml").read_text())["proxy"]
+    assert found == {
+        "url": url.replace(":hunter2", ""), "password": "env:PROXY_PASSWORD_OF_JOIN",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["socks5", "http"])
@@ -296,6 +328,12 @@ def test_frequent_pings_are_permitted(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ the settings
+
+
+def test_grpc_resolves_names_as_the_system_does():
+    """Its own resolver takes the first address of a name in /etc/hosts only: a coordinator at the second one was found
+    by `check`, and not by `run`."""
+    assert os.environ["GRPC_DNS_RESOLVER"] == "native"
 
 
 def test_a_site_uses_the_environments_proxy_only_if_its_settings_say_so(

@@ -18,7 +18,7 @@ from fedcore.errors import BadInput
 from fedcore.identity.authority import Authority
 from fedcore.identity.forwarder import Forwarder
 from fedcore.identity.preflight import preflight
-from fedcore.identity.proxies import Proxy, ProxySection, is_exempt, of_environment
+from fedcore.identity.proxies import VARIABLES, Proxy, ProxySection, is_exempt, of_environment
 from tests.support.proxies import LOGIN, ProxyServer
 
 NOW = datetime.now(UTC)
@@ -167,6 +167,21 @@ def test_a_socket_that_an_ended_process_left_is_replaced_and_a_long_path_refused
     assert not deep.exists()
 
 
+def test_of_several_addresses_of_a_name_the_one_that_listens_is_found(run, kits):
+    """`localhost` has an IPv6 address here, at which nothing listens, and an IPv4 one."""
+    found = {each[4][0] for each in socket.getaddrinfo("localhost", 1, type=socket.SOCK_STREAM)}
+    if found != {"127.0.0.1", "::1"}:
+        pytest.skip(f"localhost is {', '.join(sorted(found))} on this machine")
+    hub = HEART.issue("coordinator", "hub", NOW, hosts=["localhost"])
+
+    async def scene():
+        _, va = kits
+        async with coordinator(hub.save(va.certificate_path.parent.parent / "local")) as port:
+            return await said(va, "localhost", port, None)
+
+    assert run(scene()) == (b"hello", "hub")
+
+
 # ------------------------------------------------------------------------- a proxy that fails
 
 
@@ -227,6 +242,21 @@ def test_a_proxy_that_is_down_or_silent(kits, kind):
         BadInput, match=rf"^proxy 127\.0\.0\.1:{port}: found no connection .*refused"
     ):
         preflight(va, "hub.example", 7443, now=NOW, proxy=silent)
+
+
+def test_a_direct_connection_that_fails_says_that_the_environment_names_a_proxy(kits, monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name in (None, "ALL_PROXY"):
+        if name:
+            monkeypatch.setenv(name, "http://ann:hunter2@p:1")
+        with pytest.raises(BadInput) as caught:
+            preflight(kits[1], "hub.invalid", 7443, now=NOW)
+        hint = caught.value.remedy
+        assert ('the proxy of ALL_PROXY? It is used under proxy = "environment" only' in hint) == (
+            name is not None
+        )
+        assert "hunter2" not in hint
 
 
 def test_a_password_that_socks5_cannot_carry(kits):
