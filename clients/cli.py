@@ -402,7 +402,9 @@ def rotate_passphrase(
 ) -> None:
     """Change the passphrase. Keys and journal stay as they are."""
     from fedcore_clients.config import read_config
-    from fedcore_clients.keystore_backup import rotate, rotated_lines
+    from fedcore_clients.private_files import rotate
+
+    from fedcore.identity.keystore_backup import rotated_lines
 
     found = rotate(read_config(config), new)
     _print(as_json, found, rotated_lines(found))
@@ -416,10 +418,13 @@ def back_up_keys(
 ) -> None:
     """Write an encrypted copy of the keys. It opens with the passphrase; the journal is not in it."""
     from fedcore_clients.config import read_config
-    from fedcore_clients.keystore_backup import back_up, backed_up_lines
+    from fedcore_clients.private_files import back_up
+
+    from fedcore.identity.keystore_backup import backed_up_lines
 
     found = back_up(read_config(config), file)
-    _print(as_json, found, backed_up_lines(found))
+    why = "the journal is not in it: a site put back to an earlier moment of a round could answer twice"
+    _print(as_json, found, [*backed_up_lines(found), why])
 
 
 @keystore_app.command("restore")
@@ -430,10 +435,12 @@ def restore_keys(
 ) -> None:
     """Put the keys of a backup in their places. Overwrites nothing."""
     from fedcore_clients.config import read_config
-    from fedcore_clients.keystore_backup import restore, restored_lines
+    from fedcore_clients.private_files import restore
+
+    from fedcore.identity.keystore_backup import restored_lines
 
     found = restore(read_config(config), file)
-    _print(as_json, found, restored_lines(found))
+    _print(as_json, found, [*restored_lines(found), "next: fed-site check"])
 
 
 @keystore_app.command("status")

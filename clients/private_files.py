@@ -1,4 +1,4 @@
-"""`fed-site keystore`: encrypt this site's private keys and its journal at rest, and show which of them are.
+"""`fed-site keystore`: this site's private keys and its journal encrypted at rest, another passphrase, backups.
 
 Invariant: `encrypt` may be killed at any moment and is repeated with the same command. Until it is done, `fed-site
 run` refuses to start, and names the file that is still in clear.
@@ -15,7 +15,7 @@ from fedcore_clients.status import runs
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.trail import AuditTrail
 from fedcore.errors import Refused
-from fedcore.identity import encrypted_files
+from fedcore.identity import encrypted_files, keystore_backup
 from fedcore.identity.encrypted_files import (
     CLEAR,
     ENCRYPTED,
@@ -28,7 +28,10 @@ from fedcore.identity.encrypted_files import (
     required,
 )
 from fedcore.identity.identities import IDENTITY_FILE
-from fedcore.identity.kit import KEY_FILE
+from fedcore.identity.keystore import open_keystore
+from fedcore.identity.keystore_backup import KeptKeys
+from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE
+from fedcore.identity.passphrase import KeystoreSection
 from fedcore.store.sealing import RowSealer, encrypt_journal, is_sealed
 from fedcore.types import Json
 from fedcore.wire.frames import SOFTWARE
@@ -62,6 +65,46 @@ def encrypt(config: SiteConfig) -> Json:
     if done and config.identity.exists():
         note(config, "encrypted at rest", tuple(Path(each).name for each in done))
     return {"keystore": str(section.file), "made": made, "encrypted": done}
+
+
+def _kept(config: SiteConfig) -> KeptKeys:
+    """Of this site; the certificate is last: with it the site is there."""
+    section, kit, party = required(config.keystore, config.file), config.kit, config.party
+    return KeptKeys(
+        party, section.file, {KEY_FILE: kit / KEY_FILE, IDENTITY_FILE: config.identity},
+        {name: kit / name for name in (AUTHORITY_FILE, CERTIFICATE_FILE)},
+        lambda: open_keystore(section, party), section.read, "fed-site keystore",
+    )  # fmt: skip
+
+
+def rotate(config: SiteConfig, unlock: str) -> Json:
+    """Wrap the data key under a new passphrase; keys and journal are not touched. unlock: where the new passphrase is,
+    as in [keystore]. Raises BadInput, Refused."""
+    kept = _kept(config)
+    require_stopped(config)
+    new = KeystoreSection(unlock=unlock).placed(config.file, "--new")
+    return keystore_backup.rotate(
+        kept, new, lambda: note(config, "a new passphrase", (kept.keystore.name,))
+    )
+
+
+def back_up(config: SiteConfig, out: Path) -> Json:
+    """Write a backup of the site's keys. Raises AlreadyExists, BadInput, also for a key in clear."""
+    kept = _kept(config)
+    config.read_kit()
+    return keystore_backup.back_up(kept, out)
+
+
+def restore(config: SiteConfig, path: Path) -> Json:
+    """Put the files of a backup in their places. What is there already must be the same. Raises AlreadyExists,
+    BadInput, Refused; then nothing was written."""
+    kept = _kept(config)
+    require_stopped(config)
+    found = keystore_backup.restore(kept, path)
+    if found["restored"]:
+        names = tuple(Path(each).name for each in found["restored"])
+        note(config, "restored from a backup", names)
+    return found
 
 
 def note(config: SiteConfig, word: str, files: tuple[str, ...]) -> None:

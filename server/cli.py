@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from fedcore_server.federation_cli import add_commands
+from fedcore_server.keystore_cli import keystore_app
 from rich.console import Console, RenderableType
 
 from fedcore.cli.audit_commands import TrailPlace, audit_commands
@@ -258,53 +259,7 @@ def _trail(config: Path) -> TrailPlace:
 app.add_typer(audit_commands(_trail, Path("federation.toml")), name="audit")
 add_commands(app)
 
-keystore_app = typer.Typer(help="Encrypt the coordinator's key at rest.", no_args_is_help=True)
 app.add_typer(keystore_app, name="keystore")
-
-
-@keystore_app.command("encrypt")
-def encrypt_key(config: Config = Path("federation.toml"), as_json: AsJson = False) -> None:
-    """Encrypt kit/key.pem, with the passphrase that [keystore] names. Can be repeated if it was interrupted."""
-    from fedcore_server.config import read_config
-
-    from fedcore.identity.encrypted_files import (
-        encrypt_keys,
-        encrypted_lines,
-        key_files,
-        required,
-    )
-    from fedcore.identity.kit import KEY_FILE
-
-    place = read_config(config)
-    section, files = required(place.keystore, config), key_files({KEY_FILE: place.kit / KEY_FILE})
-    _, made, done = encrypt_keys(section, place.party, files)
-    found: Json = {"keystore": str(section.file), "made": made, "encrypted": done}
-    if as_json:
-        emit(found)
-        return
-    for line in encrypted_lines(found):
-        echo(line)
-    if done:
-        echo(
-            "next: restart a running coordinator; keep a copy of the keystore, and of the passphrase elsewhere"
-        )
-
-
-@keystore_app.command("status")
-def show_keystore(config: Config = Path("federation.toml"), as_json: AsJson = False) -> None:
-    """Show whether the coordinator's key is encrypted. Needs no passphrase."""
-    from fedcore_server.config import read_config
-
-    from fedcore.identity.encrypted_files import key_files, keystore_json, keystore_lines
-    from fedcore.identity.kit import KEY_FILE
-
-    place = read_config(config)
-    found = keystore_json(place.keystore, key_files({KEY_FILE: place.kit / KEY_FILE}))
-    if as_json:
-        emit(found)
-        return
-    for line in keystore_lines(found):
-        echo(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

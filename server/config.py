@@ -8,7 +8,7 @@ database = "postgresql://user@host/name"   # for the journal; without it an SQLi
 database_file = "database-url"             # in place of it: a file with the URL, for one with a password
 enrol_port = 7444           # where sites join (`fed-coordinator invite`); off without it
 [enrolment]                 host = "hub.example.org"      approval = "automatic"  # or "manual"
-authority = "authority"     passphrase_file = "/run/secrets/authority"      certificate_days = 90
+authority = "authority"     unlock = "file:/run/secrets/authority"          certificate_days = 90
 [keystore]                  unlock = "file:/run/secrets/hub-passphrase"     # kit/key.pem encrypted at rest
 [limits]                    stage_seconds, gather_seconds, minimum_sites, enough_vectors, ...
 
@@ -27,8 +27,10 @@ from pydantic import Field
 from fedcore.errors import BadInput
 from fedcore.files.toml import Section, read_toml
 from fedcore.identity.addresses import endpoint
+from fedcore.identity.encrypted_files import required
 from fedcore.identity.keystore import open_keystore
-from fedcore.identity.kit import KEY_FILE, Kit, read_private
+from fedcore.identity.keystore_backup import KeptKeys
+from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE, Kit, read_private
 from fedcore.identity.passphrase import KeystoreSection
 from fedcore.identity.preflight import CoordinatorAddress
 from fedcore.identity.proxies import ProxySection
@@ -67,27 +69,33 @@ class EnrolmentSection(Section):
     """[enrolment]: how sites join. host: by which they reach the coordinator. approval: whether a request with a valid
     token is granted at once, which needs the authority's key open, or waits for `fed-coordinator approve`.
 
-    authority: folder of the authority, where it is on this machine; passphrase_file: what opens its key, if no other
-    is named. certificate_days: how long a site's certificate is valid.
+    authority: folder of the authority, where it is on this machine; unlock: where the passphrase of its key is, as in
+    [keystore]; passphrase_file: the same as unlock = "file:...". certificate_days: how long a site's certificate is
+    valid.
     """
 
     host: str = ""
     approval: Literal["automatic", "manual"] = "automatic"
     authority: Path | None = None
     passphrase_file: Path | None = None
+    unlock: str | None = Field(default=None, repr=False)
     certificate_days: float = Field(default=90.0, gt=0, le=3650)
 
-    def placed(self, base: Path) -> "EnrolmentSection":
-        """With paths that count from a folder."""
-        paths = {
-            key: base / value
-            for key, value in (
-                ("authority", self.authority),
-                ("passphrase_file", self.passphrase_file),
+    def placed(self, path: Path) -> "EnrolmentSection":
+        """With paths that count from the folder of the file that it stands in. Raises BadInput."""
+        if self.unlock is not None and self.passphrase_file is not None:
+            raise BadInput(
+                f"{path.name}: enrolment: found unlock and passphrase_file, expected one of them",
+                remedy='keep unlock = "file:PATH" and remove passphrase_file',
             )
-            if value is not None
-        }
-        return self.model_copy(update=paths)
+        unlock = self.unlock or (self.passphrase_file and f"file:{self.passphrase_file}")
+        if unlock:
+            placed = KeystoreSection(unlock=unlock).placed(path, f"{path.name}: enrolment.unlock")
+            unlock = placed.unlock
+        authority = self.authority and path.resolve().parent / self.authority
+        return self.model_copy(
+            update={"authority": authority, "unlock": unlock or None, "passphrase_file": None}
+        )
 
 
 class FederationConfig(Section):
@@ -127,10 +135,21 @@ def read_config(path: Path) -> FederationConfig:
     """The configuration of a file. Raises BadInput with the key's path, and UnknownName."""
     paths = ("roster", "kit", "folder", "revoked", "database_file")
     found = read_toml(FederationConfig, path, paths=paths)
-    placed = found.enrolment.placed(path.resolve().parent)
+    placed = found.enrolment.placed(path)
     keystore = found.keystore and found.keystore.placed(path, f"{path.name}: keystore.unlock")
     more = {"enrolment": placed, "keystore": keystore, "database": _database(path, found)}
     return found.model_copy(update=more)
+
+
+def kept_coordinator(config: FederationConfig, path: Path) -> KeptKeys:
+    """What a backup of the coordinator's keys consists of. path: of federation.toml. Raises BadInput without a
+    [keystore]."""
+    section, kit = required(config.keystore, path), config.kit
+    return KeptKeys(
+        config.party, section.file, {KEY_FILE: kit / KEY_FILE},
+        {name: kit / name for name in (AUTHORITY_FILE, CERTIFICATE_FILE)},
+        lambda: open_keystore(section, config.party), section.read, "fed-coordinator keystore",
+    )  # fmt: skip
 
 
 def _database(path: Path, found: FederationConfig) -> str | None:

@@ -17,9 +17,8 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +30,7 @@ from fedcore_server.config import FederationConfig
 from fedcore.audit.lines import Fact, checked_facts
 from fedcore.errors import BadInput, Refused, UnknownName, printable
 from fedcore.files import append_row, read_json, write_atomic, write_json
-from fedcore.files.lock import FileLock
+from fedcore.files.lock import one_at_a_time
 from fedcore.identity.authority import Authority
 from fedcore.identity.join_messages import JoinAnswer, JoinLine, JoinRefused, JoinRequest, read_csr
 from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, PublicKit, read_limited
@@ -43,8 +42,6 @@ from fedcore.types import SiteId
 
 ENROLMENT_FOLDER = "enrolment"
 COMMANDS_FILE, ROSTERS_FOLDER = "commands.jsonl", "rosters"
-LOCK_SECONDS = 10.0
-"""How long a command waits for another one that changes the same federation; each takes milliseconds."""
 
 State = Literal["invited", "asked", "approved", "joined", "revoked"]
 
@@ -336,30 +333,10 @@ class FederationFiles:
     def _write(self, found: Enrolment) -> None:
         write_json(self._path(found.site), asdict(found))
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager[None]:
         """Hold the federation's lock. Raises BadInput where another command has it for long."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        until = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                lock = FileLock(self._folder / ".lock", _held)
-                break
-            except BadInput:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.02)
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-def _held(process: str) -> BadInput:
-    return BadInput(
-        f"federation: found another command changing it (process {process}), expected none",
-        remedy="wait until it ends, and repeat this one",
-    )
+        return one_at_a_time(self._folder / ".lock", "federation")
 
 
 def _read(path: Path) -> Enrolment:

@@ -67,22 +67,31 @@ def init(
     manual: Annotated[
         bool, typer.Option("--manual", help="Every site that joins waits for `approve`.")
     ] = False,
+    unlock: Annotated[
+        str,
+        typer.Option(
+            "--unlock",
+            help="Where `serve` finds the passphrase, too: file:PATH, env:NAME, command:PROGRAM or prompt.",
+        ),
+    ] = "",
     passphrase_file: Passphrase = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a federation. Its authority, the certificates of coordinator and operator, federation.toml."""
     from datetime import UTC, datetime
 
-    from fedcore_server.authority_key import ask_authority_passphrase, find_passphrase
+    from fedcore_server.authority_key import ASKED, find_unlock, read_passphrase
     from fedcore_server.new_federation import create
 
-    from fedcore.identity.passphrase import check_new
+    from fedcore.identity.passphrase import KeystoreSection
 
-    passphrase = find_passphrase(passphrase_file) or ask_authority_passphrase(new=True)
+    if unlock:
+        unlock = KeystoreSection(unlock=unlock).placed(Path.cwd() / "x", "--unlock").unlock
+    passphrase = read_passphrase(find_unlock(passphrase_file, unlock) or ASKED, new=True)
     made = create(
-        name, out or Path(name), host, check_new(passphrase), datetime.now(UTC), port=port,
+        name, out or Path(name), host, passphrase, datetime.now(UTC), port=port,
         enrol_port=enrol_port or port + 1, approval="manual" if manual else "automatic",
-        metrics_port=metrics_port,
+        metrics_port=metrics_port, unlock=unlock,
     )  # fmt: skip
     _files(made.folder / "federation.toml").note("init", datetime.now(UTC), sha256=made.fingerprint)
     if as_json:
@@ -316,24 +325,15 @@ def _files(config: Path) -> FederationFiles:
 
 def _authority(files: FederationFiles, folder: Path | None, passphrase: Path | None) -> Authority:
     from fedcore_server.authority_key import (
-        ask_authority_passphrase,
-        authority_folder,
-        find_passphrase,
+        ASKED,
+        find_unlock,
         open_authority,
+        required_folder,
     )
 
-    from fedcore.errors import BadInput
-
     config = files.config
-    found = authority_folder(config, folder)
-    if found is None:
-        raise BadInput(
-            "authority: found no key on this machine, expected one to sign with",
-            remedy="name its folder, also on a drive: --authority FOLDER",
-        )
-    secret = find_passphrase(passphrase, config.enrolment.passphrase_file)
-    secret = secret or ask_authority_passphrase()
-    return open_authority(config, found, secret)
+    unlock = find_unlock(passphrase, config.enrolment.unlock) or ASKED
+    return open_authority(config, required_folder(config, folder), unlock)
 
 
 def _signed(

@@ -6,6 +6,7 @@ only.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from fedcore.errors import AlreadyExists, BadInput
 from fedcore.files import write_atomic
 from fedcore.identity.addresses import authority_of
 from fedcore.identity.authority import LOOPBACK, Authority, host_name
+from fedcore.identity.authority_files import save_authority
 from fedcore.identity.identities import ROSTER_FILE
 from fedcore.identity.peer import Peer
 from fedcore.identity.revocation import EMPTY
@@ -87,9 +89,11 @@ def create(
     enrol_port: int,
     approval: str,
     metrics_port: int | None = None,
+    unlock: str = "",
 ) -> NewFederation:
     """Make the folder. hosts: DNS names and addresses by which sites reach the coordinator, the first one for join
-    lines; metrics_port: of the counters, None for none. Raises AlreadyExists, BadInput."""
+    lines; metrics_port: of the counters, None for none; unlock: where the serving process finds the passphrase, ""
+    where it does not. Raises AlreadyExists, BadInput."""
     for host in hosts:
         host_name(host)
     authority_of(hosts[0], port)
@@ -106,10 +110,18 @@ def create(
         )
     folder = folder.absolute()
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    settings = _SETTINGS.format(
+        name=name, host=hosts[0], port=port, enrol_port=enrol_port, approval=approval,
+        listen=f'listen = ["{hosts[0]}"]' if set(hosts) <= {*LOOPBACK[1:]} else 'listen = ["::"]',
+        metrics="" if metrics_port is None else _METRICS.format(metrics_port),
+        unlock=f"unlock = {json.dumps(unlock)}" if unlock else _NO_UNLOCK,
+    )  # fmt: skip
+    place = f'coordinator = "{authority_of(hosts[0], port)}"\nkit = "kit"\n'
     try:
         beside.mkdir(mode=0o700, parents=True)
-        ports = port, enrol_port, metrics_port
-        made = _write(name, beside, tuple(hosts), passphrase, now, ports, approval)
+        made = _write(name, beside, tuple(hosts), passphrase, now)
+        write_atomic(beside / FEDERATION_FILE, settings.encode())
+        write_atomic(beside / "operator" / OPERATOR_FILE, place.encode())
         beside.replace(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -122,12 +134,9 @@ def _write(
     hosts: tuple[str, ...],
     passphrase: SecretBytes,
     now: datetime,
-    ports: tuple[int, int, int | None],
-    approval: str,
 ) -> tuple[str, Peer, Peer]:
-    port, enrol_port, metrics_port = ports
     authority = Authority.create(name, now)
-    authority.save(folder / "authority", passphrase)
+    save_authority(authority, folder / "authority", passphrase)
     together = tuple(dict.fromkeys((*hosts, *LOOPBACK)))
     coordinator = authority.issue("coordinator", "coordinator", now, hosts=together, days=OWN_DAYS)
     operator = authority.issue("operator", "operator", now, days=OWN_DAYS)
@@ -139,19 +148,11 @@ def _write(
         (folder / each).mkdir(mode=0o700)
     SignedRoster(name, 1, now, {}).sign(authority).save(folder / ROSTER_FILE)
     write_atomic(folder / REVOKED_FILE, EMPTY)
-    text = _SETTINGS.format(
-        name=name, host=hosts[0], port=port, enrol_port=enrol_port, approval=approval,
-        metrics="" if metrics_port is None else _METRICS.format(metrics_port),
-        listen=f'listen = ["{hosts[0]}"]' if set(hosts) <= {*LOOPBACK[1:]} else 'listen = ["::"]',
-    )  # fmt: skip
-    write_atomic(folder / FEDERATION_FILE, text.encode())
-    place = f'coordinator = "{authority_of(hosts[0], port)}"\nkit = "kit"\n'
-    write_atomic(folder / "operator" / OPERATOR_FILE, place.encode())
     return authority.fingerprint, peers[0], peers[1]
 
 
 _METRICS = "metrics_port = {}          # counters for Prometheus, on 127.0.0.1 only\n"
-
+_NO_UNLOCK = '# unlock = "file:/run/secrets/authority-passphrase"'
 _SETTINGS = """\
 # The coordinator of a federation; docs/operations.md has every key. Paths count from this file's folder.
 name = "{name}"
@@ -169,6 +170,7 @@ approval = "{approval}"      # "automatic": a valid join line is enough; "manual
 authority = "authority"
 certificate_days = 90        # of a site's certificate, which is renewed by itself before it ends
 # For automatic approval and renewal the serving process opens the authority's key, with a passphrase from
-# $FEDCORE_AUTHORITY_PASSPHRASE or from this file (mode 0600). Without one, requests wait for `approve`.
-# passphrase_file = "/run/secrets/authority-passphrase"
+# $FEDCORE_AUTHORITY_PASSPHRASE or from here: "file:PATH" (mode 0600), "env:NAME", "command:PROGRAM ARGUMENTS" or
+# "prompt". Without one, requests wait for `approve`.
+{unlock}
 """

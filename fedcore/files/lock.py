@@ -6,9 +6,15 @@ SIGKILL of the holder the lock is free at once, whatever it started.
 
 import fcntl
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from fedcore.errors import BadInput
+
+WAIT_SECONDS = 10.0
+"""How long a command waits for another one that changes the same files; each takes seconds at most."""
 
 _held: set[int] = set()
 
@@ -41,6 +47,32 @@ class FileLock:
         _held.discard(self._handle)
         os.close(self._handle)
         self._handle = -1
+
+
+@contextmanager
+def one_at_a_time(path: Path, what: str, *, remove: bool = False) -> Iterator[None]:
+    """Hold a lock while inside, after waiting for commands that have it. what: that they change, for the message;
+    remove: its file afterwards. Raises BadInput where another has it for long, OSError as `FileLock`."""
+
+    def held(process: str) -> BadInput:
+        return BadInput(
+            f"{what}: found another command changing it (process {process}), expected none",
+            remedy="wait until it ends, and repeat this one",
+        )
+
+    until = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            lock = FileLock(path, held)
+            break
+        except BadInput:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+    try:
+        yield
+    finally:
+        lock.release(remove=remove)
 
 
 def _taken(path: Path, refusal: Callable[[str], Exception]) -> int:

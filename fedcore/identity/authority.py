@@ -1,6 +1,6 @@
 """A small certificate authority: EC P-256, one level, one federation.
 
-`fed-coordinator init` makes one whose key is encrypted with a passphrase (PKCS8, PBES2); `fedcore up` makes one for
+`fed-coordinator init` makes one whose key is encrypted at rest (`authority_files.py`); `fedcore up` makes one for
 development, whose key is not. A holder of the key can impersonate every party of the federation.
 
 Invariant: an issued certificate has one use. A coordinator's is for servers only, every other one for clients
@@ -20,6 +20,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedcore.errors import BadInput, CertificateRefused
@@ -93,24 +94,15 @@ class Authority:
         return _pem(self.certificate)
 
     @classmethod
-    def load(cls, folder: Path, passphrase: SecretBytes) -> Authority:
-        """The authority that `save` wrote. Raises BadInput, also for another passphrase."""
-        path, pem = folder / kit.KEY_FILE, kit.read_limited(folder / kit.AUTHORITY_FILE)
-        data = kit.read_private(path)
+    def of(cls, pem: bytes, key: PrivateKeyTypes, where: str) -> Authority:
+        """The authority of a certificate and its key. where: of the key. Raises BadInput for another key."""
         certificate = read_certificate(pem)
-        try:
-            key = serialization.load_pem_private_key(data, passphrase.reveal())
-        except (ValueError, TypeError):  # TypeError: the key is not encrypted
-            raise BadInput(
-                f"{path}: found a key that this passphrase does not open",
-                remedy="look at the passphrase, its spaces and line ends too; without it the authority is lost",
-            ) from None
         if (
             not isinstance(key, ec.EllipticCurvePrivateKey)
             or key.public_key() != certificate.public_key()
         ):
             raise BadInput(
-                f"{path}: found the key of another certificate than {kit.AUTHORITY_FILE}'s"
+                f"{where}: found the key of another certificate than {kit.AUTHORITY_FILE}'s"
             )
         return cls(federation_of(pem), certificate, key)
 
@@ -185,10 +177,10 @@ class Authority:
         together = tuple(dict.fromkeys((*known, *hosts))) if serves else ()
         return self.certify(public, peer.role, peer.name, now, hosts=together, days=days)
 
-    def save(self, folder: Path, passphrase: SecretBytes | None = None) -> None:
-        """Write `authority.pem` and `key.pem`, which the passphrase encrypts. Raises AlreadyExists, BadInput."""
+    def save(self, folder: Path, password: SecretBytes | None = None) -> None:
+        """Write `authority.pem` and `key.pem`, which the password encrypts. Raises AlreadyExists, BadInput."""
         _make(folder)
-        kit.write_private(folder / kit.KEY_FILE, kit.key_pem(self.key, passphrase))
+        kit.write_private(folder / kit.KEY_FILE, kit.key_pem(self.key, password))
         write_atomic(folder / kit.AUTHORITY_FILE, self.certificate_pem)
 
 

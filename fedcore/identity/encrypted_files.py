@@ -80,7 +80,7 @@ def encrypt_keys(
         if each.state == ENCRYPTED:
             read_key(each.path, store.password(each.name))
     for each in plain:
-        _replace(each.path, store.password(each.name))
+        reencrypt(each.path, None, store.password(each.name))
     return store, made, [str(each.path) for each in plain]
 
 
@@ -97,9 +97,10 @@ def _create(section: KeystoreSection, party: str, files: Sequence[PrivateFile]) 
     return found
 
 
-def _replace(path: Path, password: SecretBytes) -> None:
-    """Encrypt one key file: written beside, read back, renamed; durable on return. Raises BadInput."""
-    key, beside = read_key(path), path.with_name(f".{path.name}.encrypted")
+def reencrypt(path: Path, before: SecretBytes | None, password: SecretBytes) -> None:
+    """Encrypt one key file under a password: written beside, read back, renamed; durable on return. before: what
+    opens it so far, None for one in clear. Raises BadInput."""
+    key, beside = read_key(path, before), path.with_name(f".{path.name}.encrypted")
     beside.unlink(missing_ok=True)  # of an attempt that was killed
     write_private(beside, key_pem(key, password))
     if read_key(beside, password).public_key() != key.public_key():

@@ -42,6 +42,7 @@ LEAST_N, MOST_N = 1 << 17, 1 << 20
 """Of scrypt's cost n: below, guesses are too cheap; above, opening takes more than 1 GiB of memory."""
 
 SCRYPT_R, SCRYPT_P, SALT_BYTES = 8, 1, 32
+KEYSTORE_FILE = "keystore.json"
 RESTORE = "restore it from a backup of this party: without it the key files cannot be opened"
 
 

@@ -25,6 +25,7 @@ from fedcore.secagg.crypto.secret import SecretBytes
 LEAST_CHARACTERS = 12
 """Of a new passphrase: a copied file can be tried offline."""
 
+IN_SECTION = 'unlock = "file:PATH" in [keystore]'
 COMMAND_SECONDS = 30.0
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
@@ -65,8 +66,11 @@ class KeystoreSection(Section):
         """Where the passphrase is, in words; without the arguments of a command."""
         return self.unlock.partition(" ")[0] if self.unlock.startswith("command:") else self.unlock
 
-    def read(self, *, new: bool = False) -> SecretBytes:
-        """The passphrase. new: for a new keystore, so that a short one is refused. Raises BadInput."""
+    def read(
+        self, *, new: bool = False, of: str = "the keystore", otherwise: str = IN_SECTION
+    ) -> SecretBytes:
+        """The passphrase. new: for a new keystore, so that a short one is refused. of, otherwise: as for
+        `ask_passphrase`. Raises BadInput."""
         kind, _, value = self.unlock.partition(":")
         if kind == "file":
             found = passphrase_in(Path(value))
@@ -75,7 +79,7 @@ class KeystoreSection(Section):
         elif kind == "command":
             found = _of_command(value)
         else:
-            found = ask_passphrase("the keystore", 'unlock = "file:PATH" in [keystore]', new=new)
+            found = ask_passphrase(of, otherwise, new=new)
         return check_new(found) if new else found
 
 

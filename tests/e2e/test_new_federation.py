@@ -23,8 +23,11 @@ from support.secrets_found import files_below, forms_of, forms_of_key, places, p
 from fedcore.audit.receipt import RECEIPTS_FILE
 from fedcore.audit.trail import TRAIL_FILE
 from fedcore.files.disk import open_to_others
+from fedcore.identity.authority_files import open_authority_files
 from fedcore.identity.join_messages import JoinLine
+from fedcore.identity.kit import key_pem
 from fedcore.local_deployment import free_port
+from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.protocol.wire_form import decode
 from fedcore.store.journal import Journal
 
@@ -207,8 +210,10 @@ class Story:
             self.secrets[f"identity of {home.name}"] = forms_of_key(
                 (home / "identity.pem").read_bytes()
             )
-        pem = (self.folder / "fed" / "authority" / "key.pem").read_bytes()
-        self.secrets["authority"] = forms_of_key(pem, PASSPHRASE.encode())
+        authority, _ = open_authority_files(
+            self.folder / "fed" / "authority", lambda: SecretBytes(PASSPHRASE.encode())
+        )
+        self.secrets["authority"] = forms_of_key(key_pem(authority.key).reveal())
         self.secrets["passphrase"] = forms_of(PASSPHRASE.encode())
         if self.database:
             self.secrets["password"] = forms_of(PASSWORD.encode())

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-from fedcore_server.authority_key import open_authority
 from fedcore_server.config import read_config
 from fedcore_server.enrolment import Enrolments, listening
 from fedcore_server.federation import FederationFiles
@@ -18,6 +17,7 @@ from fedcore_server.new_federation import create
 
 from fedcore.audit.trail import NoTrail, Recorder
 from fedcore.identity.authority import Authority
+from fedcore.identity.authority_files import open_authority_files
 from fedcore.identity.kit import Kit
 from fedcore.local_deployment import free_port
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -44,7 +44,7 @@ def authority_of(files: FederationFiles) -> Authority:
     """The federation's authority, opened once."""
     folder = files.config.enrolment.authority
     assert folder is not None
-    return open_authority(files.config, folder, SecretBytes(PASSPHRASE.encode()))
+    return open_authority_files(folder, lambda: SecretBytes(PASSPHRASE.encode()))[0]
 
 
 @contextlib.contextmanager

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from fedcore_clients import keystore_backup
 from fedcore_clients.app import opened, read_papers
 from fedcore_clients.cli import main
 from fedcore_clients.config import read_config
-from fedcore_clients.keystore_backup import back_up, backed_up_lines, restore, rotate
-from fedcore_clients.private_files import encrypt
+from fedcore_clients.private_files import back_up, encrypt, restore, rotate
 from support.keystores import PASSPHRASE, cheap_scrypt, new_site, passphrase_file
+from support.killed import killed_before
 
 from fedcore.errors import AlreadyExists, BadInput
+from fedcore.files.disk import open_to_others
 
 OTHER = "another passphrase entirely"
 TRACE = b"a value of the journal"
@@ -64,7 +64,7 @@ def test_a_new_passphrase_opens_the_same_keys_and_the_old_one_does_not(site, tmp
     assert jobs_of(with_unlock(site, tmp_path / "new", OTHER)) == TRACE
 
 
-def test_a_killed_or_refused_rotation_changes_nothing(site, tmp_path, monkeypatch):
+def test_a_killed_or_refused_rotation_changes_nothing(site, tmp_path):
     before = site.keystore.file.read_bytes()
     for text, what in (("short", "found 5 characters"), ("", "found it empty")):
         with pytest.raises(BadInput, match=what):
@@ -72,18 +72,15 @@ def test_a_killed_or_refused_rotation_changes_nothing(site, tmp_path, monkeypatc
     with pytest.raises(BadInput, match="--new: found a text of"):
         rotate(site, OTHER)
     new = f"file:{passphrase_file(tmp_path / 'new', OTHER)}"
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as cut:
-        cut.setattr(keystore_backup.Path, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            rotate(site, new)
-    assert site.keystore.file.read_bytes() == before
-    read_papers(site)
-    rotate(site, new)
-    assert [p.name for p in site.base.glob(".*")] == []
+    step = 0
+    while killed_before(step, lambda: rotate(site, new)):
+        assert open_to_others(site.base, ["keystore*", ".*"]) in ([], [site.base])
+        step += 1
+        if site.keystore.file.read_bytes() != before:
+            break
+        read_papers(site)
+    assert step > 10
+    assert jobs_of(with_unlock(site, tmp_path / "new", OTHER)) == TRACE
 
 
 # --------------------------------------------------------------------------------- backup, restore
@@ -91,8 +88,7 @@ def test_a_killed_or_refused_rotation_changes_nothing(site, tmp_path, monkeypatc
 
 def test_a_site_comes_back_from_a_backup_on_another_machine(site, tmp_path):
     public = read_papers(site).identity.public
-    done = back_up(site, tmp_path / "va.backup")
-    assert "the journal is not in it" in "\n".join(backed_up_lines(done))
+    back_up(site, tmp_path / "va.backup")
     assert (tmp_path / "va.backup").stat().st_mode & 0o777 == 0o600
     there = tmp_path / "there"
     there.mkdir()

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import ssl
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from fedcore_server.cli import main
-from fedcore_server.config import read_config
+from fedcore_server.config import kept_coordinator, read_config
 from fedcore_server.federation import FederationFiles
 from fedcore_server.tls import server_credentials
+from support.federations import PASSPHRASE as AUTHORITYS
 from support.federations import authority_of, new_federation, now
-from support.keystores import cheap_scrypt, passphrase_file
+from support.keystores import PASSPHRASE, cheap_scrypt, passphrase_file
+from support.killed import killed_before
 
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, EnvelopeRefused
+from fedcore.identity.keystore import Keystore, KeystoreFile
+from fedcore.identity.keystore_backup import restore, rotate
 from fedcore.identity.kit import KEY_FILE, KitFile
+from fedcore.identity.passphrase import KeystoreSection
+from fedcore.secagg.crypto.secret import SecretBytes
 
 
 @pytest.fixture
@@ -52,6 +61,138 @@ def test_the_key_is_encrypted_and_serves_and_a_renewed_certificate_is_used(place
     found = json.loads(command(capsys, "status", "--config", str(place), "--json")[1])
     assert found["files"][0]["state"] == "encrypted"
     assert found["keystore"]["party"] == "coordinator of heart"
+
+
+OTHER = "another passphrase entirely"
+PARTIES = ("coordinator", "authority")
+
+
+def name_of(party):
+    return party if party == "authority" else "kit"
+
+
+@pytest.fixture
+def words(place, capsys, tmp_path):
+    """How a command names the federation, its passphrases in files; all keys are encrypted."""
+    command(capsys, "encrypt", "--config", str(place))
+    secret = passphrase_file(tmp_path / "of-authority", AUTHORITYS)
+    return {
+        "coordinator": ["--config", str(place)],
+        "authority": ["--of", "authority", "--config", str(place), "--passphrase-file", str(secret)],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("party", PARTIES)
+def test_keys_come_back_from_a_backup_after_the_disk_was_lost(
+    place, words, party, capsys, tmp_path
+):
+    out = tmp_path / "kept.backup"
+    code, said, err = command(capsys, "backup", str(out), *words[party])
+    assert (code, err) == (0, "") and "keystore.json, key.pem, authority.pem" in said
+    assert out.stat().st_mode & 0o077 == 0
+    data = out.read_bytes()
+    assert b"PRIVATE KEY" not in data and PASSPHRASE.encode() not in data
+    lost = {path: path.read_bytes() for path in (place.parent / name_of(party)).iterdir()}
+    lost |= {place.parent / "keystore.json": (place.parent / "keystore.json").read_bytes()}
+    if party == "authority":
+        del lost[place.parent / "keystore.json"]
+    for path in lost:
+        if party == "coordinator" or path.name != "authority.pem":
+            path.unlink()
+    code, said, err = command(capsys, "restore", str(out), *words[party])
+    assert (code, err) == (0, "") and "restored " in said
+    assert {path: path.read_bytes() for path in lost} == lost
+    assert "everything was there already" in command(capsys, "restore", str(out), *words[party])[1]
+    (place.parent / name_of(party) / "key.pem").write_text("another key")
+    code, _, err = command(capsys, "restore", str(out), *words[party])
+    assert code != 0 and "a restore overwrites nothing" in err
+
+
+@pytest.mark.parametrize("party", PARTIES)
+def test_a_backup_without_its_passphrase_is_useless(place, words, party, capsys, tmp_path):
+    out = tmp_path / "kept.backup"
+    command(capsys, "backup", str(out), *words[party])
+    found = json.loads(out.read_bytes())
+    sealed = base64.b64decode(found["sealed"])
+    for guess in (OTHER, PASSPHRASE + " ", found["sealed"][:44]):
+        with pytest.raises(BadInput, match="this passphrase does not open"):
+            Keystore.unwrap(
+                KeystoreFile.parse(found["keystore"].encode(), "backup"),
+                json.loads(found["keystore"])["party"], SecretBytes(guess.encode()), "backup",
+            )  # fmt: skip
+    mine = Keystore(json.loads(found["keystore"])["party"], bytes(32))
+    with pytest.raises(EnvelopeRefused):
+        mine.open_backup(sealed)
+    out.chmod(0o640)
+    code, _, err = command(capsys, "restore", str(out), *words[party])
+    assert code == 0, "a group may read it, as mounted secrets are"
+    out.chmod(0o644)
+    code, _, err = command(capsys, "restore", str(out), *words[party])
+    assert code == 2 and "found mode 0644, expected 0600" in err
+
+
+@pytest.mark.parametrize("party", PARTIES)
+def test_a_new_passphrase_opens_the_same_keys(place, words, party, capsys, tmp_path):
+    keys = {path: path.read_bytes() for path in place.parent.rglob("key.pem")}
+    new = passphrase_file(tmp_path / "new", OTHER)
+    code, out, err = command(capsys, "rotate", "--new", f"file:{new}", *words[party])
+    assert (code, err) == (0, "") and OTHER not in out
+    assert {path: path.read_bytes() for path in place.parent.rglob("key.pem")} == keys
+    code, _, err = command(capsys, "backup", str(tmp_path / "x"), *words[party])
+    assert code == 2 and "this passphrase does not open" in err
+    for path in (tmp_path / "secrets" / "passphrase", tmp_path / "of-authority" / "passphrase"):
+        path.write_text(OTHER)
+    assert command(capsys, "backup", str(tmp_path / "x"), *words[party])[0] == 0
+
+
+def test_of_two_operators_who_change_the_passphrase_the_later_is_refused(
+    place, words, tmp_path, capsys
+):
+    """Both know the old one. The one whose command comes second is told, and the first one's is in force."""
+    kept = kept_coordinator(read_config(place), place)
+    new = {n: passphrase_file(tmp_path / n, f"the passphrase of {n}") for n in ("ada", "bob")}
+
+    def change(who):
+        try:
+            return rotate(kept, KeystoreSection(unlock=f"file:{new[who]}"))["unlock"]
+        except BadInput as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(change, new))
+    (done,) = [each for each in said if each.startswith("file:")]
+    (refused,) = [each for each in said if not each.startswith("file:")]
+    assert "this passphrase does not open" in refused
+    winner = Path(done.removeprefix("file:")).read_text().strip()
+    assert Keystore.load(kept.keystore, kept.party, SecretBytes(winner.encode()))
+
+
+def test_keys_of_one_party_are_not_restored_as_those_of_another(words, capsys, tmp_path, place):
+    out = tmp_path / "kept.backup"
+    command(capsys, "backup", str(out), *words["authority"])
+    (place.parent / "keystore.json").unlink()
+    code, _, err = command(capsys, "restore", str(out), *words["coordinator"])
+    assert code == 2 and "found the keystore of authority of heart, expected that of coor" in err
+
+
+def test_restoring_can_be_killed_between_any_two_steps(place, words, capsys, tmp_path):
+    out, config = tmp_path / "kept.backup", read_config(place)
+    command(capsys, "backup", str(out), *words["coordinator"])
+    kept = kept_coordinator(config, place)
+    files = {path: path.read_bytes() for path in (kept.keystore, *kept.places.values())}
+    step, states = 0, set()
+    while True:
+        for path in files:
+            path.unlink(missing_ok=True)
+        killed = killed_before(step, lambda: restore(kept, out))
+        states.add(sum(path.exists() for path in files))
+        assert all(path.read_bytes() == files[path] for path in files if path.exists())
+        restore(kept, out)
+        assert {path: path.read_bytes() for path in files} == files
+        if not killed:
+            break
+        step += 1
+    assert states == {0, 1, 2, 3, 4}
 
 
 def test_a_key_in_clear_or_a_lost_keystore_is_refused(place, capsys):

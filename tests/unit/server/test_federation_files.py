@@ -12,13 +12,15 @@ from fedcore_server import new_federation as new
 from fedcore_server.authority_key import (
     PASSPHRASE_VARIABLE,
     find_authority,
-    find_passphrase,
+    find_unlock,
     open_authority,
+    read_passphrase,
 )
 from fedcore_server.cli import main
 from fedcore_server.config import read_config
 from fedcore_server.federation import FederationFiles, user_name
 from fedcore_server.federation_views import roster_lines, sites_rows
+from support.keystores import cheap_scrypt, passphrase_file
 
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.trail import TRAIL_FILE, AuditTrail
@@ -35,6 +37,11 @@ from fedcore.secagg.crypto.secret import SecretBytes
 from tests.support.federations import PASSPHRASE, authority_of, new_federation, now
 from tests.support.full_disk import no_file_beyond
 from tests.support.live_sessions import recorded
+
+
+@pytest.fixture(autouse=True)
+def _cheap(monkeypatch):
+    cheap_scrypt(monkeypatch)
 
 
 @pytest.fixture
@@ -227,29 +234,56 @@ def test_where_a_passphrase_comes_from(tmp_path, monkeypatch):
     for path in (one, two):
         path.write_text(f"{path.name}\n")
         path.chmod(0o600)
-    assert find_passphrase(None) is None
-    assert find_passphrase(None, None, two).reveal() == b"two"
+    configured = f"file:{two}"
+    assert find_unlock(None, None) is None
+    assert read_passphrase(find_unlock(None, configured)).reveal() == b"two"
     monkeypatch.setenv(PASSPHRASE_VARIABLE, "from the environment")
-    assert find_passphrase(None, two).reveal() == b"from the environment"
-    assert find_passphrase(one, two).reveal() == b"one"
+    assert find_unlock(one, configured) == f"file:{one}"
+    unlock = find_unlock(None, configured)
+    assert read_passphrase(unlock).reveal() == b"from the environment"
+    assert PASSPHRASE_VARIABLE not in os.environ, "no child process inherits it"
+    assert read_passphrase(f"command:cat {one}").reveal() == b"one"
+    with pytest.raises(BadInput, match="passphrase of the authority: found none and no terminal"):
+        read_passphrase("prompt")
     one.chmod(0o644)
     with pytest.raises(BadInput, match="others on this machine can read"):
-        find_passphrase(one)
+        read_passphrase(f"file:{one}")
     two.write_text("\n")
     with pytest.raises(BadInput, match="found it empty"):
-        find_passphrase(two)
+        read_passphrase(configured)
+
+
+def test_where_the_serving_process_finds_the_passphrase(files, tmp_path):
+    path = files.config.roster.parent / "federation.toml"
+    text = path.read_text()
+    secret = passphrase_file(tmp_path / "secrets")
+    for line, source in (
+        (f'passphrase_file = "{secret}"', f"file:{secret}"),
+        ('passphrase_file = "../secrets/passphrase"', f"file:{path.parent / '../secrets/passphrase'}"),
+        (f'unlock = "file:{secret}"', f"file:{secret}"),
+        (f'unlock = "command:cat {secret}"', f"command:cat {secret}"),
+    ):  # fmt: skip
+        path.write_text(f"{text}\n{line}\n")
+        config = read_config(path)
+        assert config.enrolment.unlock == source
+        assert find_authority(config).fingerprint == files.fingerprint
+    path.write_text(f'{text}\nunlock = "{PASSPHRASE}"\n')
+    with pytest.raises(BadInput, match=r"enrolment\.unlock: found a text of") as error:
+        read_config(path)
+    assert PASSPHRASE not in str(error.value)
+    path.write_text(f'{text}\nunlock = "prompt"\npassphrase_file = "x"\n')
+    with pytest.raises(BadInput, match="found unlock and passphrase_file, expected one"):
+        read_config(path)
 
 
 def test_the_authority_opens_with_its_own_passphrase_only(files, tmp_path, monkeypatch):
     folder = files.config.enrolment.authority
     with pytest.raises(BadInput, match="that this passphrase does not open") as caught:
-        open_authority(files.config, folder, SecretBytes(b"correct horse battery"))
+        open_authority(files.config, folder, f"file:{passphrase_file(tmp_path, 'correct horse')}")
     assert "correct horse" not in str(caught.value)
     other = new_federation(tmp_path / "other")
     with pytest.raises(BadInput, match="that of 'heart'"):
-        open_authority(
-            files.config, other.config.enrolment.authority, SecretBytes(PASSPHRASE.encode())
-        )
+        open_authority(files.config, other.config.enrolment.authority, "prompt")
     monkeypatch.delenv(PASSPHRASE_VARIABLE, raising=False)
     assert find_authority(files.config) is None
     monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
@@ -294,7 +328,7 @@ def test_operators_at_once_do_not_corrupt_the_roster(files, tmp_path):
 
 
 def test_a_command_that_finds_another_one_says_so(files, monkeypatch):
-    monkeypatch.setattr("fedcore_server.federation.LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("fedcore.files.lock.WAIT_SECONDS", 0.05)
     with files._locked(), pytest.raises(BadInput, match="found another command changing it"):
         files.invite("va", 7, now())
     files.invite("va", 7, now())

@@ -20,6 +20,7 @@ from fedcore_clients.cli import main
 from fedcore_clients.config import read_config
 from fedcore_server import enrolment
 from fedcore_server.federation_views import sites_rows
+from support.keystores import cheap_scrypt
 
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.lines import Line
@@ -42,6 +43,11 @@ from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.wire.frames import SOFTWARE
 from tests.support.federations import authority_of, new_federation, now, served
+
+
+@pytest.fixture(autouse=True)
+def _cheap(monkeypatch):
+    cheap_scrypt(monkeypatch)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from fedcore_clients.config import read_config
 from fedcore_clients.next_key import NEXT_CERTIFICATE, NEXT_KEY, finish
 from fedcore_clients.renewal import Renewal
 from fedcore_clients.session import Session
+from support.keystores import cheap_scrypt
 
 from fedcore.errors import BadInput, CertificateRefused, Refused, RosterRefused
 from fedcore.identity.authority import Authority
@@ -26,6 +27,11 @@ from tests.support.federations import authority_of, new_federation, now
 from tests.support.live_sessions import coordinator, joined, until
 
 LATER = timedelta(days=80)
+
+
+@pytest.fixture(autouse=True)
+def _cheap(monkeypatch):
+    cheap_scrypt(monkeypatch)
 
 
 @pytest.fixture
