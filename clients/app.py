@@ -45,6 +45,7 @@ from fedcore_clients.rosters import (
 from fedcore_clients.sandbox import choose, logged
 from fedcore_clients.second_process import SecondProcesses
 from fedcore_clients.session import ForJobs, Session
+from fedcore_clients.state_files import require_sealed
 from fedcore_clients.trainer import Loaded, Training
 
 from fedcore.audit.keys import SiteSigner
@@ -554,6 +555,8 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
     kit = papers.kit
     rosters = RosterFile(papers.roster, config.roster, kit.authority_pem, kit.peer.federation)
     rosters.known()
+    sealer = config.file_sealer()
+    require_sealed(config.folder, sealer)
     with (
         Journal.open(
             config.folder / JOURNAL_FILE, party=config.party, sealer=config.row_sealer()
@@ -567,7 +570,7 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
             papers.kit.peer.federation, SiteId(config.site), papers.identity, rosters, journal,
             Spool(config.folder / "spool", config.spool_bytes), config.folder,
             policy_of(config, papers), ledger, audit,
-            config.patience_seconds, config.keep_secrets_days * 86_400.0,
+            config.patience_seconds, config.keep_secrets_days * 86_400.0, sealer=sealer,
         )  # fmt: skip
 
 

@@ -384,7 +384,7 @@ app.add_typer(keystore_app, name="keystore")
 
 @keystore_app.command("encrypt")
 def encrypt_keys(config: Config = _HERE, as_json: AsJson = False) -> None:
-    """Encrypt the private keys and the journal. With the passphrase that [keystore] names; may be repeated."""
+    """Encrypt the keys, the journal and the models. With the passphrase that [keystore] names; may be repeated."""
     from fedcore_clients.config import read_config
     from fedcore_clients.private_files import encrypt, encrypted_lines
 

@@ -9,7 +9,7 @@ folder = "state"          sandbox = "auto"                      task_network = f
 url = "socks5://proxy.example.org:1080"
 user = "site-va"          password = "file:/run/secrets/proxy-password"
 
-[keystore]                # private keys and journal encrypted at rest: where the passphrase is (docs/enrolment.md)
+[keystore]                # keys, journal and models encrypted at rest: where the passphrase is (docs/enrolment.md)
 unlock = "file:/run/secrets/site-passphrase"
 
 [split]                   # which rows train and which test: this site's choice, not the job's
@@ -51,6 +51,7 @@ from fedcore.identity.preflight import CoordinatorAddress
 from fedcore.learning.task_code import FLOWER
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.store.sealed_files import FileSealer
 from fedcore.store.sealing import RowSealer
 from fedcore.types import Json
 from fedcore.wire.calls import KEEPALIVE_SECONDS, MOST_KEEPALIVE
@@ -151,6 +152,12 @@ class SiteConfig(CoordinatorAddress):
         if self.keystore is None:
             return None
         return RowSealer(open_keystore(self.keystore, self.party).journal_key())
+
+    def file_sealer(self) -> FileSealer | None:
+        """What the states are encrypted with; None where they are in clear. Raises BadInput."""
+        if self.keystore is None:
+            return None
+        return FileSealer(open_keystore(self.keystore, self.party).files_key())
 
     def read_kit(self) -> Kit:
         """Certificate and key. Raises BadInput, CertificateRefused."""

@@ -21,6 +21,7 @@ from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.job.effects import Track
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.store.journal import Journal
+from fedcore.store.sealed_files import FileSealer
 from fedcore.store.spool import Spool
 from fedcore.types import Contribution, Json, SiteId
 
@@ -32,7 +33,7 @@ class SiteContext:
     rosters: the newest roster; a job has its own. audit: `audit.record(event, **facts)` appends a line to the site's
     audit trail. stage_seconds: timeout of a stage of a round. keep_keys: seconds for which the secrets of a job's key
     epochs outlive the job. retry_seconds: before a retry of what found no session, or no room on the disk. now: seconds
-    since 1970. clock: monotonic seconds; pause: sleeps for some.
+    since 1970. clock: monotonic seconds; pause: sleeps for some. sealer: what states are encrypted with, if they are.
     """
 
     federation: str
@@ -51,6 +52,7 @@ class SiteContext:
     now: Callable[[], float] = time.time
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+    sealer: FileSealer | None = None
 
 
 class Contributor(Protocol):

@@ -149,13 +149,13 @@ class JobRunner:
         """The current state's file, first written or renamed where the process ended before that."""
         files, kept = self.work.files, self.context.journal.get(self.id, "state")
         if kept:
-            if not files.current.exists() or files.current.read_bytes() != kept:
+            if not files.shows(kept):
                 files.show(kept)
             return JobState.from_bytes(kept)
         name = stage.standing.certificate
         if stage.standing.released and files.candidate(name).exists():
             files.promote(name)
-        return JobState.from_bytes(files.current.read_bytes())
+        return JobState.from_bytes(files.read(files.current))
 
     def _restore_candidate(self, stage: site.Stated) -> None:
         """The state that this site stated before its process ended."""
@@ -163,7 +163,7 @@ class JobRunner:
         name = led_to(stage.header, survivors, said.sum_mac, said.state_mac)
         kept = self.context.journal.get(self.id, "candidate")
         of, data = ("", b"") if kept is None else decode(kept, tuple)
-        whole = data if of == name and data else self.work.files.candidate(name).read_bytes()
+        whole = data if of == name and data else self.work.files.read_candidate(name)
         self.job.states.hold(name, JobState.from_bytes(whole), data)
 
     def tell(self, message: job_messages.ToSite) -> None:

@@ -18,7 +18,7 @@ from fedcore_clients.offers import About, is_approved, job_of
 from fedcore_clients.policy import PolicySection
 from fedcore_clients.round_work import RoundWork
 from fedcore_clients.session import Offline, Session
-from fedcore_clients.state_files import StateFiles
+from fedcore_clients.state_files import StateFiles, state_folder
 from fedcore_clients.trainer import TrainingFailed
 
 from fedcore.config import read_settings
@@ -73,7 +73,7 @@ class JobWork:
         self.job: SiteJob
         self.about = About.of(offer, sites)
         self.guard = GuardRecord(guard_rules(context.policy.rules))
-        self.files = StateFiles(context.folder / "states" / self.id)
+        self.files = StateFiles(state_folder(context.folder, self.id), context.sealer)
         self.online = asyncio.Event()
         self.inline: dict[bytes, list[bytes]] = {}
         """{digest: chunks} of a small sum or checkpoint that came inside the session."""

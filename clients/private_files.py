@@ -1,4 +1,4 @@
-"""`fed-site keystore`: this site's private keys and its journal encrypted at rest, another passphrase, backups.
+"""`fed-site keystore`: this site's keys, journal and states encrypted at rest, another passphrase, backups.
 
 Invariant: `encrypt` may be killed at any moment and is repeated with the same command. Until it is done, `fed-site
 run` refuses to start, and names the file that is still in clear.
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedcore_clients.config import JOURNAL_FILE, SiteConfig
+from fedcore_clients.state_files import STATES, all_states, seal_states
 from fedcore_clients.status import runs
 
 from fedcore.audit.keys import SiteSigner
@@ -32,6 +33,7 @@ from fedcore.identity.keystore import open_keystore
 from fedcore.identity.keystore_backup import KeptKeys
 from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE
 from fedcore.identity.passphrase import KeystoreSection
+from fedcore.store.sealed_files import FileSealer, is_sealed_file
 from fedcore.store.sealing import RowSealer, encrypt_journal, is_sealed
 from fedcore.types import Json
 from fedcore.wire.frames import SOFTWARE
@@ -50,18 +52,28 @@ def journal_of(config: SiteConfig) -> PrivateFile:
     return PrivateFile(JOURNAL_FILE, path, state)
 
 
+def states_of(config: SiteConfig) -> PrivateFile:
+    """The states of all jobs, as they are: CLEAR where one of them is."""
+    sealed = {is_sealed_file(path) for path in all_states(config.folder)}
+    state = MISSING if not sealed else ENCRYPTED if all(sealed) else CLEAR
+    return PrivateFile(STATES, config.folder / STATES, state)
+
+
 def encrypt(config: SiteConfig) -> Json:
-    """Encrypt the private files and the journal that are in clear, with a new keystore if there is none; what was done.
+    """Encrypt keys, journal and states that are in clear, with a new keystore if there is none; what was done.
 
     Raises BadInput, StoreProblem, and Refused while this site runs.
     """
     section = required(config.keystore, config.file)
     require_stopped(config)
     files, journal = private_files(config), journal_of(config)
-    store, made, done = encrypt_keys(section, config.party, files, [journal])
+    others = [journal, states_of(config)]
+    store, made, done = encrypt_keys(section, config.party, files, others)
     if journal.state != MISSING:
         sealer = RowSealer(store.journal_key())
         done += [str(journal.path)] if encrypt_journal(journal.path, config.party, sealer) else []
+    if seal_states(config.folder, FileSealer(store.files_key())):
+        done.append(str(config.folder / STATES))
     if done and config.identity.exists():
         note(config, "encrypted at rest", tuple(Path(each).name for each in done))
     return {"keystore": str(section.file), "made": made, "encrypted": done}
@@ -136,9 +148,10 @@ def keystore_status(config: SiteConfig) -> Json:
     files = private_files(config)
     path, running = config.folder / JOURNAL_FILE, runs(config.folder)
     journal = PrivateFile(JOURNAL_FILE, path, IN_USE) if running else journal_of(config)
-    found = keystore_json(config.keystore, [*files, journal])
-    states = {each.state for each in files}
-    whole = found["keystore"] is not None and journal.state != CLEAR and states == {ENCRYPTED}
+    others = [states_of(config), journal]
+    found = keystore_json(config.keystore, [*files, *others])
+    clear = any(each.state == CLEAR for each in others)
+    whole = found["keystore"] is not None and not clear and {f.state for f in files} == {ENCRYPTED}
     return {"site": config.site, **found, "at_rest": whole}
 
 

@@ -76,8 +76,9 @@ def export_model(config: SiteConfig, name: str, out: Path) -> Json:
     known = [path.parent.name for path in job_folder(config.folder, "").glob(f"*/{RECIPE_FILE}")]
     require_job(name, known, "`fed-site jobs` lists the jobs this site was offered")
     folder = job_folder(config.folder, name)
-    recipe, path = read_json(folder / RECIPE_FILE), StateFiles(folder).current
-    state = JobState.from_bytes(path.read_bytes()) if path.is_file() else None
+    recipe, files = read_json(folder / RECIPE_FILE), StateFiles(folder, config.file_sealer())
+    there = files.current.is_file()
+    state = JobState.from_bytes(files.read(files.current)) if there else None
     done = state.done if state else None
     if state is None or done is None or not released_round(done):
         raise BadInput(

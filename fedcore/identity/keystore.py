@@ -179,6 +179,10 @@ class Keystore(Secret):
     def _backup_key(self, salt: bytes) -> bytes:
         return derive(self._data_key, Label.BACKUP, salt=salt)
 
+    def files_key(self) -> SecretBytes:
+        """32 bytes: what the party's files are encrypted with."""
+        return SecretBytes(derive(self._data_key, Label.FILES, self._party.encode()))
+
     def journal_key(self) -> SecretBytes:
         """32 bytes: what the party's journal is encrypted with."""
         return SecretBytes(derive(self._data_key, Label.JOURNAL, self._party.encode()))

@@ -46,6 +46,9 @@ class Label(StrEnum):
     JOURNAL_NAME = "journal name"
     JOURNAL_ROW = "journal row"
     BACKUP = "backup"
+    FILES = "files"
+    SEALED_FILE = "sealed file"
+    SEALED_BOX = "sealed file's box"
 
 
 def framed(*parts: bytes) -> bytes:
