@@ -11,9 +11,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
+from fedcore_clients.config import read_config
+from fedcore_server.config import read_config as coordinators_config
 from fedcore_server.federation import ENROLMENT_FOLDER
 from support.postgres import PASSWORD
 from support.preloaded import preloaded
@@ -24,8 +27,10 @@ from fedcore.audit.receipt import RECEIPTS_FILE
 from fedcore.audit.trail import TRAIL_FILE
 from fedcore.files.disk import open_to_others
 from fedcore.identity.authority_files import open_authority_files
+from fedcore.identity.identities import IDENTITY_FILE
 from fedcore.identity.join_messages import JoinLine
-from fedcore.identity.kit import key_pem
+from fedcore.identity.kit import key_pem, read_key
+from fedcore.learning.state import JobState
 from fedcore.local_deployment import free_port
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.protocol.wire_form import decode
@@ -34,6 +39,9 @@ from fedcore.store.journal import Journal
 Commands = load_script("demo_deployed.py").Commands
 
 FOUNDERS, LATER, REVOKED = "abcd", "e", "c"
+ENCRYPTS = "d"
+"""The site that has a keystore, as the coordinator has one."""
+
 ASKS = "a"
 """The site whose operator approves each roster; the policy of the others takes any."""
 
@@ -129,8 +137,17 @@ class Story:
             url.touch(0o600)
             url.write_text(postgres.tcp(self.database))
             text = f'database_file = "{url.name}"\n{text}'
-        config.write_text(text)
+        config.write_text(f"{text}{self.keystore('fed')}")
+        self.commands.run(f"fed-coordinator keystore encrypt {CONFIG}")
         self.commands.begin("coordinator", f"fed-coordinator serve {CONFIG}", "listening on")
+
+    def keystore(self, home):
+        """A passphrase for the keystore of a party, and the table that names it."""
+        path = self.folder / f"passphrase-{home}"
+        path.touch(0o600)
+        path.write_text(f"the passphrase of {home} only")
+        self.secrets[f"passphrase of {home}"] = forms_of(path.read_bytes())
+        return f'[keystore]\nunlock = "file:../{path.name}"\n'
 
     def invite(self, site):
         line = self.commands.run(f"fed-coordinator invite {site} {CONFIG}").strip()
@@ -148,6 +165,9 @@ class Story:
         )
         settings, policy = self.folder / site / "site.toml", self.folder / site / "policy.toml"
         settings.write_text(f'sandbox = "none"\n{settings.read_text()}')  # a sandbox takes seconds
+        if site == ENCRYPTS:
+            settings.write_text(settings.read_text() + self.keystore(site))
+            self.commands.run(f"fed-site keystore encrypt --config {site}/site.toml")
         if site != ASKS:
             policy.write_text(f'{policy.read_text()}roster = "any"\n')
 
@@ -200,16 +220,17 @@ class Story:
 
     def find_secrets(self):
         """Add the keys, the passphrases and the secret of the first job's key epoch."""
-        homes = [self.folder / "fed", self.folder / "fed" / "operator"]
-        homes += [self.folder / site for site in FOUNDERS + LATER]
-        for home in homes:
-            self.secrets[f"TLS key of {home.name}"] = forms_of_key(
-                (home / "kit" / "key.pem").read_bytes()
-            )
-        for home in homes[2:]:
-            self.secrets[f"identity of {home.name}"] = forms_of_key(
-                (home / "identity.pem").read_bytes()
-            )
+        fed = self.folder / "fed"
+        keys = {
+            "TLS key of fed": coordinators_config(fed / "federation.toml").read_kit().key_pem,
+            "TLS key of operator": key_pem(read_key(fed / "operator" / "kit" / "key.pem")),
+        }
+        for site in FOUNDERS + LATER:
+            config = read_config(self.folder / site / "site.toml")
+            identity = read_key(config.identity, config.password(IDENTITY_FILE))
+            keys[f"TLS key of {site}"] = config.read_kit().key_pem
+            keys[f"identity of {site}"] = key_pem(identity)
+        self.secrets |= {name: forms_of_key(pem.reveal()) for name, pem in keys.items()}
         authority, _ = open_authority_files(
             self.folder / "fed" / "authority", lambda: SecretBytes(PASSPHRASE.encode())
         )
@@ -224,6 +245,8 @@ class Story:
             payload = decode(journal.get(first, "epoch"), object).payload.reveal()
         middle = len(payload) // 2
         self.secrets["key epoch"] = forms_of(payload[middle - 16 : middle + 16])
+        model = JobState.from_bytes(state_of(self.folder / "a", first).read_bytes())
+        self.secrets["model"] = forms_of(model.server.parameters.astype("<f8").tobytes())
 
     def artefacts(self):
         """Everything that was written, printed, or seen of a process; of an invitation not the line itself."""
@@ -232,6 +255,11 @@ class Story:
             for number, (text, out, err) in enumerate(self.commands.said)
         }
         return files_below(self.folder) | said | self.processes
+
+
+def state_of(home, job):
+    """The released model at a site."""
+    return home / "state" / "states" / job / "current.safetensors"
 
 
 def values_of(postgres, database):
@@ -341,7 +369,7 @@ def test_commands_of_the_operator_are_in_the_coordinators_trail(story):
 
 
 def test_no_secret_is_anywhere_but_in_its_own_file(story):
-    assert len(story.secrets) >= 19
+    assert len(story.secrets) >= 22
     arguments = b"".join(data for name, data in story.processes.items() if "arguments" in name)
     for name in ("fed/federation.toml", *(f"{site}/site.toml" for site in FOUNDERS + LATER)):
         assert name.encode() in arguments, "the control: its process was looked at"
@@ -349,13 +377,24 @@ def test_no_secret_is_anywhere_but_in_its_own_file(story):
     own = {
         "TLS key of fed": {"fed/kit/key.pem"}, "TLS key of operator": {"fed/operator/kit/key.pem"},
         "passphrase": {"passphrase"}, "password": {"fed/database-url"},
+        "passphrase of fed": {"passphrase-fed"}, f"passphrase of {ENCRYPTS}": {f"passphrase-{ENCRYPTS}"},
         **{f"TLS key of {site}": {f"{site}/kit/key.pem"} for site in FOUNDERS + LATER},
         **{f"identity of {site}": {f"{site}/identity.pem"} for site in FOUNDERS + LATER},
     }  # fmt: skip
-    epoch = found.pop("key epoch")
+    for name in ("TLS key of fed", f"TLS key of {ENCRYPTS}", f"identity of {ENCRYPTS}"):
+        del own[name]  # its file is encrypted
+    epoch, model = found.pop("key epoch"), found.pop("model")
     assert epoch and all("/state/journal.sqlite" in place for place in epoch), epoch
+    first = next(iter(story.jobs))
+    assert (
+        str(state_of(Path("a"), first)) in model
+        and state_of(story.folder / ENCRYPTS, first).exists()
+    )
+    assert {place[0] for place in model | epoch} == {"a", "b", "c"}, (
+        "every site's that encrypts none"
+    )
     assert found == {name: own.get(name, set()) for name in found}
-    for place in set().union(*found.values(), epoch):
+    for place in set().union(*found.values(), epoch, model):
         assert (story.folder / place).stat().st_mode & 0o077 == 0, place
 
 
