@@ -13,7 +13,11 @@ from fedcore_server.config import FederationConfig
 
 from fedcore.errors import BadInput
 from fedcore.identity.authority import Authority
-from fedcore.identity.authority_files import authority_party, open_authority_files
+from fedcore.identity.authority_files import (
+    authority_party,
+    open_authority_files,
+    open_token_authority,
+)
 from fedcore.identity.keystore import KEYSTORE_FILE, Keystore
 from fedcore.identity.keystore_backup import KeptKeys
 from fedcore.identity.kit import AUTHORITY_FILE, KEY_FILE, read_limited
@@ -41,9 +45,13 @@ def read_passphrase(unlock: str, *, new: bool = False) -> SecretBytes:
 
 
 def authority_folder(config: FederationConfig, folder: Path | None) -> Path | None:
-    """Where the authority is: the folder named, else that of federation.toml; None if no key is there."""
+    """Where the authority is: the folder named, else that of federation.toml; None if its key is neither there nor in a
+    token."""
     found = folder or config.enrolment.authority
-    return found if found is not None and (folder or (found / KEY_FILE).exists()) else None
+    if found is None:
+        return None
+    there = config.enrolment.key is not None or (found / KEY_FILE).exists()
+    return found if folder or there else None
 
 
 def required_folder(config: FederationConfig, folder: Path | None) -> Path:
@@ -69,13 +77,24 @@ def find_authority(config: FederationConfig) -> Authority | None:
 def open_authority(config: FederationConfig, folder: Path, unlock: str) -> Authority:
     """The federation's authority, ready to sign. unlock: where its passphrase is. Raises BadInput, also for another
     federation's."""
-    return open_keys(config, folder, unlock)[0]
+    token = config.enrolment.token
+    if token is None:
+        return open_keys(config, folder, unlock)[0]
+    _require_own(config, folder)
+    return open_token_authority(folder, token, lambda: read_passphrase(unlock))
 
 
 def open_keys(
     config: FederationConfig, folder: Path, unlock: str
 ) -> tuple[Authority, Keystore | None]:
-    """The same, with its keystore; None for a key of an earlier form in a folder that cannot be written."""
+    """The same for a key in files, with its keystore; None for a key of an earlier form in a folder that cannot be
+    written."""
+    _require_own(config, folder)
+    return open_authority_files(folder, lambda: read_passphrase(unlock))
+
+
+def _require_own(config: FederationConfig, folder: Path) -> None:
+    """Raise BadInput for the folder of another federation's authority."""
     expected = fingerprint(read_limited(config.kit / AUTHORITY_FILE))
     found = fingerprint(read_limited(folder / AUTHORITY_FILE))
     if found != expected:
@@ -84,12 +103,16 @@ def open_keys(
             f"that of {config.name!r}",
             remedy="name the folder of this federation's authority: --authority FOLDER",
         )
-    return open_authority_files(folder, lambda: read_passphrase(unlock))
 
 
 def kept_authority(config: FederationConfig, folder: Path | None, unlock: str) -> KeptKeys:
     """What a backup of the authority's keys consists of. folder, unlock: as above. Raises BadInput."""
     found = folder or config.enrolment.authority
+    if (token := config.enrolment.token) is not None:
+        raise BadInput(
+            f"authority: found its {token}, expected it in files that a keystore opens",
+            remedy="change its PIN, and back it up, by the token's own means",
+        )
     if found is None:
         raise BadInput(
             "authority: found no folder of it in federation.toml, expected one",

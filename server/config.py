@@ -9,6 +9,7 @@ database_file = "database-url"             # in place of it: a file with the URL
 enrol_port = 7444           # where sites join (`fed-coordinator invite`); off without it
 [enrolment]                 host = "hub.example.org"      approval = "automatic"  # or "manual"
 authority = "authority"     unlock = "file:/run/secrets/authority"          certificate_days = 90
+key = "pkcs11:token=..."    # the authority's key is in a token, and `unlock` gives its PIN
 [keystore]                  unlock = "file:/run/secrets/hub-passphrase"     # kit/key.pem encrypted at rest
 [limits]                    stage_seconds, gather_seconds, minimum_sites, enough_vectors, ...
 
@@ -34,6 +35,7 @@ from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE, Kit
 from fedcore.identity.passphrase import KeystoreSection
 from fedcore.identity.preflight import CoordinatorAddress
 from fedcore.identity.proxies import ProxySection
+from fedcore.identity.tokens import TokenUri
 from fedcore.wire.calls import KEEPALIVE_SECONDS, MOST_KEEPALIVE
 
 OPERATOR_FILE = "operator.toml"
@@ -70,8 +72,8 @@ class EnrolmentSection(Section):
     token is granted at once, which needs the authority's key open, or waits for `fed-coordinator approve`.
 
     authority: folder of the authority, where it is on this machine; unlock: where the passphrase of its key is, as in
-    [keystore]; passphrase_file: the same as unlock = "file:...". certificate_days: how long a site's certificate is
-    valid.
+    [keystore]; passphrase_file: the same as unlock = "file:..."; key: the URI of a key in a token, where `unlock` gives
+    the PIN (`identity/tokens.py`). certificate_days: how long a site's certificate is valid.
     """
 
     host: str = ""
@@ -79,7 +81,13 @@ class EnrolmentSection(Section):
     authority: Path | None = None
     passphrase_file: Path | None = None
     unlock: str | None = Field(default=None, repr=False)
+    key: str | None = Field(default=None, repr=False)
     certificate_days: float = Field(default=90.0, gt=0, le=3650)
+
+    @property
+    def token(self) -> TokenUri | None:
+        """Where the authority's key is, if it is in a token. Raises BadInput."""
+        return None if self.key is None else TokenUri.parse(self.key, "enrolment.key")
 
     def placed(self, path: Path) -> "EnrolmentSection":
         """With paths that count from the folder of the file that it stands in. Raises BadInput."""
@@ -88,6 +96,8 @@ class EnrolmentSection(Section):
                 f"{path.name}: enrolment: found unlock and passphrase_file, expected one of them",
                 remedy='keep unlock = "file:PATH" and remove passphrase_file',
             )
+        if self.key is not None:
+            TokenUri.parse(self.key, f"{path.name}: enrolment.key")
         unlock = self.unlock or (self.passphrase_file and f"file:{self.passphrase_file}")
         if unlock:
             placed = KeystoreSection(unlock=unlock).placed(path, f"{path.name}: enrolment.unlock")

@@ -74,6 +74,13 @@ def init(
             help="Where `serve` finds the passphrase, too: file:PATH, env:NAME, command:PROGRAM or prompt.",
         ),
     ] = "",
+    key: Annotated[
+        str,
+        typer.Option(
+            "--key",
+            help="Make the authority's key in a token: pkcs11:token=...;object=...?module-path=...",
+        ),
+    ] = "",
     passphrase_file: Passphrase = None,
     as_json: AsJson = False,
 ) -> None:
@@ -87,11 +94,12 @@ def init(
 
     if unlock:
         unlock = KeystoreSection(unlock=unlock).placed(Path.cwd() / "x", "--unlock").unlock
-    passphrase = read_passphrase(find_unlock(passphrase_file, unlock) or ASKED, new=True)
+    where = find_unlock(passphrase_file, unlock) or ASKED
+    passphrase = read_passphrase(where, new=not key)  # a PIN is as long as its token wants it
     made = create(
         name, out or Path(name), host, passphrase, datetime.now(UTC), port=port,
         enrol_port=enrol_port or port + 1, approval="manual" if manual else "automatic",
-        metrics_port=metrics_port, unlock=unlock,
+        metrics_port=metrics_port, unlock=unlock, key=key,
     )  # fmt: skip
     _files(made.folder / "federation.toml").note("init", datetime.now(UTC), sha256=made.fingerprint)
     if as_json:

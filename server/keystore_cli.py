@@ -129,7 +129,10 @@ def show_keystore(config: Config = _HERE, as_json: AsJson = False) -> None:
     place = read_config(config)
     found = keystore_json(place.keystore, key_files({KEY_FILE: place.kit / KEY_FILE}))
     lines, folder = [*keystore_lines(found)], authority_folder(place, None)
-    if folder is not None:
+    if (token := place.enrolment.token) is not None:
+        found["authority"] = {"token": str(token)}
+        lines.append(f"authority: {token}")
+    elif folder is not None:
         unlock = find_unlock(None, place.enrolment.unlock) or ASKED
         section = KeystoreSection(unlock=unlock, file=folder / KEYSTORE_FILE)
         found["authority"] = keystore_json(section, key_files({KEY_FILE: folder / KEY_FILE}))

@@ -21,11 +21,12 @@ from fedcore.errors import AlreadyExists, BadInput
 from fedcore.files import write_atomic
 from fedcore.identity.addresses import authority_of
 from fedcore.identity.authority import LOOPBACK, Authority, host_name
-from fedcore.identity.authority_files import save_authority
+from fedcore.identity.authority_files import save_authority, save_token_authority
 from fedcore.identity.identities import ROSTER_FILE
 from fedcore.identity.peer import Peer
 from fedcore.identity.revocation import EMPTY
 from fedcore.identity.signed_roster import SignedRoster
+from fedcore.identity.tokens import TokenUri, make_token_key
 from fedcore.secagg.crypto.secret import SecretBytes
 
 FEDERATION_FILE, REVOKED_FILE = "federation.toml", "revoked.txt"
@@ -44,24 +45,33 @@ class NewFederation:
     enrol_port: int
     coordinator: Peer
     operator: Peer
+    token: TokenUri | None = None
 
     def lines(self) -> list[str]:
         """In words, for the person who made it."""
         name, until = self.coordinator.federation, f"{self.coordinator.ends:%Y-%m-%d}"
         config = self.folder / FEDERATION_FILE
+        key, secret = "its key is encrypted with the passphrase", "passphrase"
+        safe = "with the passphrase it can name any party; keep a copy offline, or move it there"
+        if self.token is not None:
+            key, secret, safe = (
+                f"its {self.token}",
+                "PIN",
+                "the certificate; its key is in its token",
+            )
         return [
             f"federation {name!r} is ready in {self.folder}",
             "",
             "made there",
             f"  federation.toml  the coordinator's settings: port {self.port}, and {self.enrol_port} to join",
-            "  authority/       the certificate authority; its key is encrypted with the passphrase",
+            f"  authority/       the certificate authority; {key}",
             f"  kit/             the coordinator's certificate and key, for {', '.join(self.hosts)}, until {until}",
             f"  operator/        certificate and key of the operator's commands, until {self.operator.ends:%Y-%m-%d}",
             "  roster.toml      the signed roster, number 1, without sites; revoked.txt: no certificate is revoked",
             "",
             "keep safe",
-            "  the passphrase: nothing can replace it",
-            "  authority/: with the passphrase it can name any party; keep a copy offline, or move it there",
+            f"  the {secret}: nothing can replace it",
+            f"  authority/: {safe}",
             "  kit/key.pem and operator/kit/key.pem: they stay on this machine",
             "",
             "fingerprint of the authority, to read to the sites by telephone",
@@ -90,10 +100,13 @@ def create(
     approval: str,
     metrics_port: int | None = None,
     unlock: str = "",
+    key: str = "",
 ) -> NewFederation:
     """Make the folder. hosts: DNS names and addresses by which sites reach the coordinator, the first one for join
     lines; metrics_port: of the counters, None for none; unlock: where the serving process finds the passphrase, ""
-    where it does not. Raises AlreadyExists, BadInput."""
+    where it does not; key: the URI of a key that is made in a token, whose PIN the passphrase is then. Raises
+    AlreadyExists, BadInput, StoreProblem."""
+    token = TokenUri.parse(key, "--key") if key else None
     for host in hosts:
         host_name(host)
     authority_of(hosts[0], port)
@@ -115,17 +128,18 @@ def create(
         listen=f'listen = ["{hosts[0]}"]' if set(hosts) <= {*LOOPBACK[1:]} else 'listen = ["::"]',
         metrics="" if metrics_port is None else _METRICS.format(metrics_port),
         unlock=f"unlock = {json.dumps(unlock)}" if unlock else _NO_UNLOCK,
+        key=f"key = {json.dumps(key)}\n" if key else "",
     )  # fmt: skip
     place = f'coordinator = "{authority_of(hosts[0], port)}"\nkit = "kit"\n'
     try:
         beside.mkdir(mode=0o700, parents=True)
-        made = _write(name, beside, tuple(hosts), passphrase, now)
+        made = _write(name, beside, tuple(hosts), passphrase, now, token)
         write_atomic(beside / FEDERATION_FILE, settings.encode())
         write_atomic(beside / "operator" / OPERATOR_FILE, place.encode())
         beside.replace(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return NewFederation(folder, made[0], tuple(hosts), port, enrol_port, *made[1:])
+    return NewFederation(folder, made[0], tuple(hosts), port, enrol_port, *made[1:], token)
 
 
 def _write(
@@ -134,9 +148,14 @@ def _write(
     hosts: tuple[str, ...],
     passphrase: SecretBytes,
     now: datetime,
+    token: TokenUri | None,
 ) -> tuple[str, Peer, Peer]:
-    authority = Authority.create(name, now)
-    save_authority(authority, folder / "authority", passphrase)
+    if token is None:
+        authority = Authority.create(name, now)
+        save_authority(authority, folder / "authority", passphrase)
+    else:
+        authority = Authority.create(name, now, key=make_token_key(token, lambda: passphrase))
+        save_token_authority(authority, folder / "authority")
     together = tuple(dict.fromkeys((*hosts, *LOOPBACK)))
     coordinator = authority.issue("coordinator", "coordinator", now, hosts=together, days=OWN_DAYS)
     operator = authority.issue("operator", "operator", now, days=OWN_DAYS)
@@ -168,7 +187,7 @@ enrol_port = {enrol_port}            # sites that join, without certificates yet
 host = "{host}"              # by which sites reach this machine; stands in join lines
 approval = "{approval}"      # "automatic": a valid join line is enough; "manual": `fed-coordinator approve SITE`
 authority = "authority"
-certificate_days = 90        # of a site's certificate, which is renewed by itself before it ends
+{key}certificate_days = 90        # of a site's certificate, which is renewed by itself before it ends
 # For automatic approval and renewal the serving process opens the authority's key, with a passphrase from
 # $FEDCORE_AUTHORITY_PASSPHRASE or from here: "file:PATH" (mode 0600), "env:NAME", "command:PROGRAM ARGUMENTS" or
 # "prompt". Without one, requests wait for `approve`.

@@ -69,9 +69,16 @@ class Authority:
     key: ec.EllipticCurvePrivateKey = field(repr=False)
 
     @classmethod
-    def create(cls, federation: str, now: datetime, *, days: int = AUTHORITY_DAYS) -> Authority:
-        """A new authority with a new key. now: with a time zone. Raises BadInput."""
-        key = ec.generate_private_key(ec.SECP256R1())
+    def create(
+        cls,
+        federation: str,
+        now: datetime,
+        *,
+        days: int = AUTHORITY_DAYS,
+        key: ec.EllipticCurvePrivateKey | None = None,
+    ) -> Authority:
+        """A new authority with a new key, or with this one on P-256. now: with a time zone. Raises BadInput."""
+        key = key or ec.generate_private_key(ec.SECP256R1())
         name = _distinguished(check_name("federation", federation), "authority")
         begins = now - BACKDATED
         ends = begins + timedelta(days=days)

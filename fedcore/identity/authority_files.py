@@ -4,6 +4,7 @@
     key.pem        PKCS8 under a password of 256 bits from the keystore
     authority.pem  the certificate, which is public
 
+Where the key is in a token (`tokens.py`), only the certificate is here.
 In an earlier form there was no keystore: `key.pem` was encrypted with the passphrase itself, by PBKDF2 of 2048
 iterations, 1 ms a guess. Invariant: such a key is opened, and encrypted anew under a keystore before it is used; where
 the folder cannot be written, that is logged. Killed at any moment, the next opening completes it: the keystore is
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedcore.errors import BadInput
+from fedcore.files import write_atomic
 from fedcore.files.disk import make_folder, sync_folder
 from fedcore.files.lock import one_at_a_time
 from fedcore.identity.authority import Authority, federation_of
@@ -30,6 +32,7 @@ from fedcore.identity.kit import (
     read_limited,
     read_private,
 )
+from fedcore.identity.tokens import TokenUri, open_token_key
 from fedcore.secagg.crypto.secret import SecretBytes
 
 LOG = logging.getLogger("fedcore.identity")
@@ -47,6 +50,18 @@ def save_authority(authority: Authority, folder: Path, passphrase: SecretBytes) 
     store = Keystore.create(folder / KEYSTORE_FILE, party, passphrase)
     sync_folder(folder)
     authority.save(folder, store.password(KEY_FILE))
+
+
+def save_token_authority(authority: Authority, folder: Path) -> None:
+    """Write the certificate of a new authority whose key is in a token. Raises BadInput."""
+    make_folder(folder)
+    write_atomic(folder / AUTHORITY_FILE, authority.certificate_pem)
+
+
+def open_token_authority(folder: Path, uri: TokenUri, pin: Callable[[], SecretBytes]) -> Authority:
+    """The authority of a folder, with its key in a token. Raises BadInput, StoreProblem."""
+    pem = read_limited(folder / AUTHORITY_FILE)
+    return Authority.of(pem, open_token_key(uri, pin), str(uri))
 
 
 def open_authority_files(

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from fedcore_clients.app import read_papers
 from fedcore_clients.private_files import encrypt
+from fedcore_clients.state_files import StateFiles, state_folder
 from support.keystores import PASSPHRASE, cheap_scrypt, new_site
 
 from fedcore.errors import BadInput
@@ -21,6 +22,7 @@ from fedcore.store.journal import Journal
 
 OF_A_ROUND = [bytes([number]) * 32 for number in (201, 202, 203)]
 OF_AN_EPOCH = bytes([204]) * 32
+MODEL = bytes(range(100, 164))
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +50,13 @@ def test_stolen_files_hold_no_key_and_no_passphrase(tmp_path):
     with Journal.open(config.folder / "journal.sqlite", party=config.party) as journal:
         journal.append("job", "round", [Secrets(*map(SecretBytes, OF_A_ROUND))])
         journal.put("job", "epoch", OF_AN_EPOCH)
-    secrets += [*OF_A_ROUND, OF_AN_EPOCH]
+    secrets += [*OF_A_ROUND, OF_AN_EPOCH, MODEL]
+    states = StateFiles(state_folder(config.folder, "job"))
+    states.write(states.current, MODEL)
     shutil.copytree(config.base, tmp_path / "before")
-    assert len(found_in(tmp_path / "before", secrets)) == 6, "control: the keys' PEM, the journal's"
+    assert len(found_in(tmp_path / "before", secrets)) == 7, (
+        "control: the keys' PEM, the journal's, the model"
+    )
     encrypt(config)
     read_papers(config)
     assert found_in(config.base, secrets) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from fedcore import report
 from fedcore.cli import main as commands
 from fedcore.errors import BadInput
 from fedcore.experiment.run import Comparison
+from fedcore.identity.tokens import TokenUri, open_token_key
 from fedcore.learning.data import digits
 from fedcore.learning.task import load_task
 from fedcore.store.postgresql import PostgresqlDatabase
@@ -36,6 +38,7 @@ def hint(extra):
             "psycopg",
             lambda: PostgresqlDatabase.open("postgresql://h/d", party="", authority=""),
         ),
+        ("pkcs11", "pkcs11", lambda: open_token_key(TokenUri(Path("/m")), lambda: None)),
         ("tables", "pandas", lambda: Comparison.table(SimpleNamespace())),
     ],
 )
