@@ -15,6 +15,7 @@ from fedcore_clients.session import open_channel
 from fedcore_clients.status import status_lines
 from fedcore_server.federation_views import sites_rows
 from fedcore_server.sessions import Sessions
+from support.keystores import cheap_scrypt
 
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.seldom import MOST
@@ -31,7 +32,8 @@ HERE = "127.0.0.1"
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, monkeypatch):
+    cheap_scrypt(monkeypatch)
     return new_federation(tmp_path / "federation")
 
 
