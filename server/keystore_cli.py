@@ -56,6 +56,7 @@ def encrypt_key(config: Config = _HERE, as_json: AsJson = False) -> None:
     _, made, done = encrypt_keys(section, place.party, files)
     lines = list(encrypted_lines({"keystore": str(section.file), "made": made, "encrypted": done}))
     if done:
+        _note(config, "encrypt", Party.COORDINATOR)
         lines += [
             "next: restart a running coordinator; fed-coordinator keystore backup FILE, and a copy of the passphrase "
             "elsewhere"
@@ -79,7 +80,8 @@ def rotate_passphrase(
     from fedcore.identity.passphrase import KeystoreSection
 
     kept = _kept(of, config, authority, passphrase_file)
-    found = rotate(kept, KeystoreSection(unlock=new).placed(config, "--new"))
+    section = KeystoreSection(unlock=new).placed(config, "--new")
+    found = rotate(kept, section, lambda: _note(config, "rotate", of))
     _print(as_json, found, rotated_lines(found))
 
 
@@ -96,6 +98,7 @@ def back_up_keys(
     from fedcore.identity.keystore_backup import back_up, backed_up_lines
 
     found = back_up(_kept(of, config, authority, passphrase_file), file)
+    _note(config, "backup", of)
     _print(as_json, found, backed_up_lines(found))
 
 
@@ -112,6 +115,8 @@ def restore_keys(
     from fedcore.identity.keystore_backup import restore, restored_lines
 
     found = restore(_kept(of, config, authority, passphrase_file), file)
+    if found["restored"]:
+        _note(config, "restore", of)
     _print(as_json, found, restored_lines(found))
 
 
@@ -150,6 +155,17 @@ def _kept(of: Party, config: Path, authority: Path | None, file: Path | None) ->
         return kept_coordinator(place, config)
     unlock = find_unlock(file, place.enrolment.unlock) or ASKED
     return kept_authority(place, authority, unlock)
+
+
+def _note(config: Path, what: str, of: Party) -> None:
+    """Leave a line about a command for the audit trail."""
+    from datetime import UTC, datetime
+
+    from fedcore_server.config import read_config
+    from fedcore_server.federation import FederationFiles
+
+    files = FederationFiles(read_config(config))
+    files.note(f"keystore {what}", datetime.now(UTC), party=of.value)
 
 
 def _print(as_json: bool, found: Json, lines: Iterable[str]) -> None:

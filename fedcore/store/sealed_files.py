@@ -49,25 +49,21 @@ class FileSealer(Secret):
 
     def open(self, path: Path, *place: str) -> bytes:
         """The content of a file. Raises StoreProblem for one in clear, or not sealed for this place; OSError."""
-        size = path.stat().st_size
-        content = bytearray(max(0, size))
         with path.open("rb") as file:
             if file.read(len(FORM)) != FORM:
                 raise in_clear(path)
-            key, number, at = self._of(file.read(SALT_BYTES), place), 0, 0
+            key, pieces = self._of(file.read(SALT_BYTES), place), list[bytes]()
             box = file.read(PIECE + BOX_OVERHEAD)
             while True:
                 following = file.read(PIECE + BOX_OVERHEAD)
+                own = _box_key(key, len(pieces), not following)
                 try:
-                    piece = open_box(
-                        _box_key(key, number, not following), box, FORM, sender="this party's disk"
-                    )
+                    pieces.append(open_box(own, box, FORM, sender="this party's disk"))
                 except EnvelopeRefused:
                     raise _refused(path) from None
-                content[at : at + len(piece)] = piece
-                at, number, box = at + len(piece), number + 1, following
                 if not following:
-                    return bytes(content[:at])
+                    return b"".join(pieces)
+                box = following
 
     def _of(self, salt: bytes, place: tuple[str, ...]) -> bytes:
         parts = (part.encode() for part in place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +20,9 @@ from support.keystores import PASSPHRASE, cheap_scrypt, passphrase_file
 from support.killed import killed_before
 
 from fedcore.errors import BadInput, EnvelopeRefused
+from fedcore.files.disk import open_to_others
 from fedcore.identity.keystore import Keystore, KeystoreFile
-from fedcore.identity.keystore_backup import restore, rotate
+from fedcore.identity.keystore_backup import back_up, restore, rotate
 from fedcore.identity.kit import KEY_FILE, KitFile
 from fedcore.identity.passphrase import KeystoreSection
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -165,6 +167,38 @@ def test_of_two_operators_who_change_the_passphrase_the_later_is_refused(
     assert "this passphrase does not open" in refused
     winner = Path(done.removeprefix("file:")).read_text().strip()
     assert Keystore.load(kept.keystore, kept.party, SecretBytes(winner.encode()))
+
+
+def test_commands_of_the_keystore_are_in_the_audit_trail(place, words, capsys, tmp_path):
+    out, new = tmp_path / "kept.backup", passphrase_file(tmp_path / "new", OTHER)
+    command(capsys, "backup", str(out), *words["authority"])
+    command(capsys, "rotate", "--new", f"file:{new}", *words["coordinator"])
+    notes = []
+    files = FederationFiles(read_config(place))
+    files.take_notes(lambda event, **facts: notes.append((event, facts["call"], facts["party"])))
+    assert notes == [
+        ("operator", "keystore encrypt", "coordinator"),
+        ("operator", "keystore backup", "authority"),
+        ("operator", "keystore rotate", "coordinator"),
+    ]
+
+
+def test_a_backup_is_never_open_to_others_whatever_the_umask(place, words, tmp_path):
+    kept, folder, before = (
+        kept_coordinator(read_config(place), place),
+        tmp_path / "out",
+        os.umask(0),
+    )
+    folder.mkdir(0o700)
+    try:
+        step = 0
+        while killed_before(step, lambda: back_up(kept, folder / "backup")):
+            assert open_to_others(folder, ["*", ".*"]) == []
+            (folder / "backup").unlink(missing_ok=True)
+            step += 1
+    finally:
+        os.umask(before)
+    assert step > 10 and open_to_others(folder, ["*", ".*"]) == []
 
 
 def test_keys_of_one_party_are_not_restored_as_those_of_another(words, capsys, tmp_path, place):
