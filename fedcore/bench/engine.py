@@ -234,38 +234,52 @@ class _End:
 def _watch(parties: Running, job: str, rounds: int, far: Links | None) -> tuple[list[Json], _Cycle]:
     """Wait for the last round; returns its rows, and the means from one certificate to the next.
 
-    Reads the coordinator's own file, so that no `watch` process uses the machine.
+    Reads the coordinator's own file, so that no `watch` process uses the machine. A row is written with its
+    certificate, so the time of the file is that of its last row, to the millisecond.
     """
     path = parties.deployment.state(COORDINATOR) / "jobs" / job / "rounds.jsonl"
     rows: list[Json] = []
     ends: list[_End] = []
-    heard = time.monotonic()
+    heard, read = time.monotonic(), 0
     while not rows or trains(rows[-1]["purpose"]):
         parties.check()
-        time.sleep(0.02)
-        text = path.read_text() if path.is_file() else ""
-        found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        if len(found) == len(rows):
+        time.sleep(0.01)
+        text, written = _rest(path, read)
+        found = [json.loads(line) for line in text.splitlines()]
+        if not found:
             if time.monotonic() - heard > STALLED_SECONDS:
                 raise Abandoned(f"bench: found no round for {STALLED_SECONDS:.0f} s")
             continue
-        heard = time.monotonic()
-        for row in found[len(rows) :]:
+        heard, read = time.monotonic(), read + len(text)
+        for row in found:
             if trains(row["purpose"]):
-                ends.append(_End(heard, _cpu(parties), {} if far is None else far.carried()))
+                ends.append(_End(written, _cpu(parties), {} if far is None else far.carried()))
                 if len(ends) % max(1, rounds // 5) == 0:
                     progress(f"round {row['round']}/{rounds}  {row['seconds']:.3f} s")
-        rows = found
+        rows += found
     if len(ends) < 2:
         return rows, _Cycle()
     first, last, steps = ends[0], ends[-1], len(ends) - 1
     cpu = {who: round((last.cpu[who] - first.cpu[who]) / steps, 4) for who in first.cpu}
     carried = [round((last.carried[site] - first.carried[site]) / steps) for site in first.carried]
-    taken = [after.at - before.at for before, after in pairwise(ends)]
+    # Two rows that were read at once have the time of the second.
+    taken = [after.at - before.at for before, after in pairwise(ends) if after.at > before.at]
     return rows, _Cycle(
         round((last.at - first.at) / steps, 4), round(median(taken), 4), round(min(taken), 4), cpu,
         max(carried, default=None),
     )  # fmt: skip
+
+
+def _rest(path: Path, read: int) -> tuple[bytes, float]:
+    """The whole lines behind the first so many bytes of a file, and when it was last written, in seconds; nothing of a
+    file that is not there yet."""
+    if not path.is_file():
+        return b"", 0.0
+    with path.open("rb") as file:
+        written = os.fstat(file.fileno()).st_mtime_ns / 1e9
+        file.seek(read)
+        text = file.read()
+    return text[: text.rfind(b"\n") + 1], written
 
 
 def _cpu(parties: Running) -> dict[str, float]:
@@ -324,23 +338,26 @@ def _commit_ms(folder: Path) -> float:
 def page(found: Json) -> RenderableType:
     """The output of `fedcore bench engine` for a terminal."""
     head = (
-        "sites", "parameters", "median, s", "p95, s", "coordinator, MB", "site, MB", "commit, ms",
+        "sites", "parameters", "median, s", "p95, s", "cycle, s", "coordinator, MB", "site, MB", "commit, ms",
     )  # fmt: skip
     seconds, memory = found["seconds_per_round"], found["rss_mb"]
+    cycle = found["seconds_of_cycle"]["median"]
     row = (
         found["sites"], f"{found['parameters']:,}", f"{seconds['median']:.3f}", f"{seconds['p95']:.3f}",
-        memory["coordinator"], memory["site"], f"{found['commit_ms']:.2f}",
+        "-" if cycle is None else f"{cycle:.3f}", memory["coordinator"], memory["site"], f"{found['commit_ms']:.2f}",
     )  # fmt: skip
     stages = ", ".join(f"{name} {value:.3f}" for name, value in found["seconds_by_stage"].items())
     note = (
         f"{found['timed_rounds']} rounds under {protection_of(found)} at {found['bits']} bits, separate "
-        f"processes, mutual TLS, training excluded; seconds by stage: {stages}"
+        "processes, mutual TLS, training excluded; a round is from its announcement to its certificate, a cycle from "
+        f"one certificate to the next, at the median; seconds by stage: {stages}"
     )
     cpu = found["cpu_seconds_per_round"]
     if cpu is not None:
+        one = 1000 * cpu["sites"] / found["sites"]
         note += (
-            f"; CPU seconds a round: coordinator {cpu['coordinator']:.2f}, its fold workers "
-            f"{cpu['fold_workers']:.2f}, all sites {cpu['sites']:.2f}"
+            f"; CPU a cycle, ms: coordinator {1000 * cpu['coordinator']:.1f}, its fold workers "
+            f"{1000 * cpu['fold_workers']:.1f}, one site {one:.1f}"
         )
     shown = table_page(head, [row], note)
     return shown if "wan" not in found else Group(_page_of_links(found), Text(), shown)
