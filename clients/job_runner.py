@@ -29,6 +29,7 @@ from fedcore_clients.trainer import TrainingFailed
 
 from fedcore.audit.round_facts import place
 from fedcore.errors import FedcoreError, PolicyRefused, StoreProblem
+from fedcore.files.disk import flushed_beside
 from fedcore.identity.roster import ROSTER_KEY, PinnedRoster
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.state import JobState
@@ -328,15 +329,15 @@ class JobRunner:
             case effects.Expose(header, survivors):
                 assert self.job.parts is not None
                 rows, names = self.job.part.rows, self.job.parts.agreed.names
-                first = not context.ledger.has(header.digest.hex())
-                if first:
-                    about = place(header) | {"survivors": survivors}
-                    context.audit.record("exposed", job=self.id, **about)
                 pins = self.roster.sites
                 entry = Exposure.of(header, survivors, rows=rows, columns=names, pins=pins)
-                context.ledger.exposed(entry)
-                if first:
-                    context.audit.sync()
+                if context.ledger.has(entry.header):
+                    context.ledger.exposed(entry)
+                else:
+                    about = place(header) | {"survivors": survivors}
+                    context.audit.record("exposed", job=self.id, **about)
+                    with flushed_beside(context.audit.sync):
+                        context.ledger.exposed(entry)
             case effects.EnterRelease(certificate):
                 context.ledger.certified(certificate.header.digest.hex(), certificate.hash)
             case effects.AdoptState(name, data):

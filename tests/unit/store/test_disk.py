@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
 from fedcore.errors import StoreProblem
-from fedcore.files.disk import close_to_others, open_to_others
+from fedcore.files.disk import close_to_others, flushed_beside, open_to_others
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +81,26 @@ def test_a_folder_that_cannot_be_closed_is_a_store_problem():
     with pytest.raises(StoreProblem, match="unusable") as caught:
         close_to_others(PROC, ("task",))
     assert "give this user the right" in caught.value.remedy
+
+
+def test_a_flush_runs_while_the_block_does_and_before_what_follows_it():
+    inside, done = threading.Event(), []
+    with flushed_beside(lambda: done.append(inside.wait(60))):
+        assert not done  # it waits for the block: one after the other would never get there
+        inside.set()
+    assert done == [True]
+
+
+def test_what_a_flush_or_its_block_raises_is_raised_and_the_flush_has_ended():
+    done = []
+
+    def refuse():
+        done.append("flush")
+        raise StoreProblem("audit: found no room")
+
+    with pytest.raises(StoreProblem, match="audit"), flushed_beside(refuse):
+        done.append("block")
+    assert sorted(done) == ["block", "flush"]
+    with pytest.raises(ValueError, match="block"), flushed_beside(refuse):
+        raise ValueError("block")
+    assert sorted(done) == ["block", "flush", "flush"]
