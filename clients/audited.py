@@ -20,10 +20,11 @@ Event = tuple[str, dict[str, Fact]]
 
 def events_of(effect: effects.SiteEffect, found: SiteJob) -> Iterator[Event]:
     """The events of an effect, in order."""
-    job, header = found.offer.job, header_of(found.stage)
+    job = found.offer.job
     match effect:
         case effects.Send(message=message):
             yield from _decision(message, found)
+            header = header_of(found.stage)
             where = {} if header is None else place(header)
             yield "sent", {"job": job, **where, **message_facts(message)}
         case effects.EnterRelease(certificate=certificate):

@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from fedcore.audit.keys import signature_holds
@@ -53,6 +54,10 @@ EVENTS = {
 """{event: what it is about}. Further ones may be added; the names in files never change."""
 
 
+_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+"""Made once: json.dumps makes an encoder for each line."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One line. sequence: 1, 2, ...; time: UTC; before: hash of the line before; signature: empty while unsigned."""
@@ -71,7 +76,7 @@ class Line:
             "seq": self.sequence, "time": self.time, "event": self.event, "facts": dict(self.facts),
             "before": self.before,
         }  # fmt: skip
-        return json.dumps(about, separators=(",", ":"), allow_nan=False).encode()
+        return _JSON(about).encode()
 
     def to_bytes(self) -> bytes:
         """The line without its line feed."""
@@ -117,7 +122,13 @@ def checked_facts(event: str, facts: Mapping[str, Fact]) -> dict[str, Fact]:
 
 def stamp(seconds: float) -> str:
     """A time in UTC, with milliseconds."""
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{int(seconds * 1000) % 1000:03d}Z"
+    return f"{_second(int(seconds))}.{int(seconds * 1000) % 1000:03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    """Lines of one second are many."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def text_of(value: Fact) -> str:

@@ -457,7 +457,10 @@ class RoundPlan:
 
 def canonical(value: Json) -> bytes:
     """The one byte form of a JSON object: sorted keys, no spaces, UTF-8, shortest round-trip floats."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _CANONICAL(value).encode()
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
 @dataclass(frozen=True)
