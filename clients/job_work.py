@@ -26,6 +26,7 @@ from fedcore.errors import BadInput, DataLost, FedcoreError, GuardTripped, PeerR
 from fedcore.files import append_row
 from fedcore.learning.guard import GuardRecord, GuardRules
 from fedcore.learning.state import JobState
+from fedcore.secagg.algorithms import is_personal
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.sumtag import GROUP_SECRET_BYTES, GroupSecret, state_mac
 from fedcore.secagg.plan import canonical
@@ -214,11 +215,19 @@ class JobWork:
 
     def tidy_kept(self) -> None:
         """Between rounds, remove files of kept states that the journal does not name: nothing writes one then but
-        work that was cancelled."""
+        work that was cancelled. What the site's own model has is copied for `fed-site model`."""
+        self._show_personal()
         self.files.forget(but=self.context.journal.get(self.id, "app") or b"")
 
+    def _show_personal(self) -> None:
+        if not is_personal(job_of(self.offer).train):
+            return
+        if kept := self._kept():
+            self.files.write(self.files.personal, kept)
+
     def forget_kept(self) -> None:
-        """Erase what was kept here from round to round, once the job is over."""
+        """Erase what was kept here from round to round, once the job is over; what the site's own model has stays."""
+        self._show_personal()
         if self.context.journal.get(self.id, "app") is not None:
             self.context.journal.forget(self.id, "app")
         self.files.forget()

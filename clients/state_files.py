@@ -123,6 +123,11 @@ class StateFiles:
             file.writelines(self._content(self.current, data))
         beside.replace(self.current)
 
+    @property
+    def personal(self) -> Path:
+        """What the site's own model has beside the common one, for `fed-site model`; it stays after the job."""
+        return self.folder / "personal.safetensors"
+
     def keep(self, state: bytes) -> bytes:
         """What the journal is to have of what an algorithm or an app keeps here: a small state itself, of a large one
         the name of its file, durable on return."""

@@ -68,6 +68,7 @@ def export_model(config: SiteConfig, name: str, out: Path) -> Json:
     """
     from fedcore.config import build_job
     from fedcore.learning.data.split import split_from_json
+    from fedcore.learning.kept import KeptValues
     from fedcore.learning.model import single_thread
     from fedcore.learning.site import SiteTrainer
     from fedcore.learning.state import JobState
@@ -105,6 +106,8 @@ def export_model(config: SiteConfig, name: str, out: Path) -> Json:
     split = split_from_json(config.split.of(config.read_identity()))
     with single_thread():
         site = SiteTrainer.load(task, job, SiteId(config.site), allowed.source, cap, split)
+        if (personal := StateFiles(folder).personal).is_file():
+            site.kept = KeptValues.from_bytes(personal.read_bytes())
         data = site.exported(state)
     write_atomic(out, data)
     return {"path": str(out), "round": released_round(done), "model_sha256": state.model_sha256}

@@ -67,6 +67,8 @@ class TrainSection(Section):
     warmup_rounds: int = Field(default=0, ge=0)
     algorithm: str = "averaging"
     feddyn_alpha: float = Field(default=0.01, gt=0)
+    ditto_lambda: float = Field(default=0.1, gt=0)
+    local_parameters: Annotated[tuple[str, ...], BeforeValidator(_from_words)] = ()
     standardise: Literal["ranges", "federated"] = "ranges"
 
 
@@ -199,6 +201,8 @@ class Settings(TypedDict, total=False):
     warmup_rounds: int
     algorithm: str
     feddyn_alpha: float
+    ditto_lambda: float
+    local_parameters: Sequence[str] | str
     standardise: Literal["ranges", "federated"]
     protect: Mapping[str, object]
     protection: str
@@ -448,6 +452,12 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
             "round.buffers: found 'local' with protect.release 'coordinator', expected 'average' or 'initial': the "
             "statistics stay at the sites, so the coordinator's model would have none",
             remedy='release = "sites": each site has the model with its own statistics (`fed-site model`)',
+        )
+    if protect.release == "coordinator" and sections["train"].local_parameters:
+        raise BadInput(
+            "train.local_parameters: found some with protect.release 'coordinator', expected none: they stay at the "
+            "sites, so the coordinator's model would have those of the seed",
+            remedy='release = "sites": each site has the model with its own (`fed-site model`)',
         )
     algorithms.refuse_server(train_plan(sections["train"]), server_plan(sections["round"]))
     _require_validation(sections["round"])

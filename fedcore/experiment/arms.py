@@ -39,7 +39,7 @@ from fedcore.learning.training import OwnModel, TrainReport
 from fedcore.results import AbandonedRound, Columns, UpdateExposure
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.summing import sites_of
-from fedcore.types import FloatVector, SiteId
+from fedcore.types import SiteId
 
 Scoring = Sequence[Scored | None]
 """An arm's scores: one for each site, None for a site without test rows."""
@@ -85,13 +85,18 @@ class Budget:
 
 
 def score_shared(
-    prepared: Prepared, model: FloatVector, round_: int, *, validation: bool = False
+    prepared: Prepared,
+    state: JobState,
+    round_: int,
+    kept: Sequence[KeptValues],
+    *,
+    validation: bool = False,
 ) -> Scoring:
-    """The scores of one model, given flat, on every site's test rows, or on the rows kept apart."""
+    """The scores of a state's model on every site's test rows, or on the rows kept apart. kept: by the sites."""
     sites = (site.validated() if validation else site for site in prepared.sites)
     return [
-        trainer.score_model(model, site, round_)
-        for trainer, site in zip(prepared.federation.sites, sites, strict=True)
+        trainer.score_model(state.server.model, site, round_, own.at(state.summed.get(site.id, 0)))
+        for trainer, site, own in zip(prepared.federation.sites, sites, kept, strict=True)
     ]
 
 
@@ -245,14 +250,18 @@ class Federated:
         return [site.scored(self.state, round_) for site in self.federation.sites]
 
     def validate(self, round_: int) -> Scoring:
-        return score_shared(self._prepared, self.state.server.model, round_, validation=True)
+        return score_shared(self._prepared, self.state, round_, self._own, validation=True)
+
+    @property
+    def _own(self) -> list[KeptValues]:
+        return [site.kept for site in self.federation.sites]
 
     def models(self) -> tuple[bytes, ...]:
         twin = () if self.twin is self.state else (self.twin.to_bytes(),)
         return (self.state.to_bytes(), self._kept(), *twin)
 
     def _kept(self) -> bytes:
-        return kept_bytes([site.kept for site in self.federation.sites])
+        return kept_bytes(self._own)
 
     def _keep(self, kept: bytes) -> None:
         for site, each in zip(self.federation.sites, read_kept(kept), strict=True):
@@ -269,7 +278,7 @@ class Federated:
         """Scores of the plain-integer twin: those of `evaluate` only if the sums were identical."""
         if self.twin is self.state:
             return self.evaluate(round_)
-        return score_shared(self._prepared, self.twin.server.model, round_)
+        return score_shared(self._prepared, self.twin, round_, self._own)
 
     def save(self) -> Any:
         return {
@@ -334,10 +343,10 @@ class FederatedFloat:
         return {"train_loss": self.budget.add([each for each in reports if each is not None])}
 
     def evaluate(self, round_: int) -> Scoring:
-        return score_shared(self._prepared, self.state.server.model, round_)
+        return score_shared(self._prepared, self.state, round_, self._kept)
 
     def validate(self, round_: int) -> Scoring:
-        return score_shared(self._prepared, self.state.server.model, round_, validation=True)
+        return score_shared(self._prepared, self.state, round_, self._kept, validation=True)
 
     def models(self) -> tuple[bytes, ...]:
         return (self.state.to_bytes(), kept_bytes(self._kept))

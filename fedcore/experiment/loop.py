@@ -301,19 +301,19 @@ class RunWriter:
         write_atomic(self.directory / ROUNDS_FILE, text.encode())
 
     def _model(self, experiment: Experiment) -> bytes:
-        """The file of the federated model. Where statistics are each site's own, it has their mean."""
+        """The file of the federated model. What is each site's own, it has the mean of."""
         sites, state = experiment.federation.sites, experiment.federated.state
-        if self._prepared.job.round.buffers == "local":
+        if self._prepared.of_sites:
             return sites[0].exported_average(state, sites)
         return sites[0].exported(state)
 
     def finish(self, experiment: Experiment, result: RunResult) -> None:
         """The model, the scores of single rows if the job keeps them, and the result; the checkpoint goes. Where
-        statistics are each site's own, a model of every site with its own is beside it."""
+        something of it is each site's own, a model of every site is beside it."""
         sites, state = experiment.federation.sites, experiment.federated.state
         with single_thread():
             models = {MODEL_FILE: self._model(experiment)}
-            if self._prepared.job.round.buffers == "local":
+            if self._prepared.of_sites:
                 for site in sites:
                     name = f"model-{quote(site.site.id, safe='')}.safetensors"
                     models[name] = site.exported(state)

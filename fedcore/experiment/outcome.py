@@ -178,6 +178,11 @@ def _notes_on_statistics(experiment: Experiment) -> list[str]:
     """What the statistics of normalisation layers give reason to say: where they stay at the sites, what the model's
     file has; else, whether they fit the sites' training rows."""
     prepared, model = experiment.prepared, experiment.federated.state.server.model
+    if keeps := (prepared.plan.train.personal and prepared.plan.train.keeps):
+        return [
+            f"Each site's scores are with {keeps}. model.safetensors has the common model, and the mean of parameters "
+            "that stay; the model of each site is beside it, as model-SITE.safetensors."
+        ]
     if not norm_statistics(prepared.flat.module):
         return []
     if prepared.job.round.buffers == "local":

@@ -99,6 +99,11 @@ class Prepared:
         wanted = {*self.job.track.arms, "federated"} - missing
         return tuple(arm for arm in ARMS if arm in wanted)
 
+    @property
+    def of_sites(self) -> bool:
+        """Whether each site uses a model in which something is its own."""
+        return self.job.round.buffers == "local" or self.plan.train.personal
+
     def pooled(self) -> Rows:
         """The training rows of all sites, as inputs."""
         parts = [site.train for site in self.sites]

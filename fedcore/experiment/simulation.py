@@ -103,6 +103,8 @@ class Federation:
     def judge(self) -> None:
         """Every site's guard judges the last released state. Raises GuardTripped."""
         with self.watch("evaluate"):
+            for site, guard in zip(self.sites, self.guards, strict=False):
+                guard.local = site.local(self.state)
             judge_all(self.guards, self.state.server, released_round(self.state.done))
 
     def advance(self, witness: RoundTrace | None = None) -> Release:

@@ -96,7 +96,8 @@ class Guard:
 
     rows: the site's training rows as inputs. initial: (d,) float32, the model that the job begins with; where it
     was trained before, its loss is held against that of `flat.untrained`, as the losses after it are.
-    anchor: (training round, parameters) of the last state judged in this process.
+    anchor: (training round, parameters) of the last state judged in this process. local: of the model here, what
+    stays at the site; None for the seed's.
     """
 
     task: Task
@@ -109,6 +110,7 @@ class Guard:
     rules: GuardRules = field(default_factory=GuardRules)
     memory: GuardMemory = field(default_factory=GuardMemory)
     anchor: tuple[int, WideVector] | None = None
+    local: FloatVector | None = None
     _found: str = field(default="", init=False, repr=False)
 
     def judge(self, state: ServerState, round_: int) -> None:
@@ -155,7 +157,7 @@ class Guard:
         """Mean loss of a model on this site's training rows."""
         from fedcore.learning.scoring import training_loss
 
-        self.flat.write(model)
+        self.flat.write(model, self.local)
         return training_loss(
             self.task, self.flat.module, self.rows, seed=self.seed, round_=round_, site=self.site
         )

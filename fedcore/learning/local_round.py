@@ -40,16 +40,28 @@ class SiteRound:
     def lr(self) -> float:
         return learning_rate(self.plan.train, self.round, self.plan.rounds)
 
-    def train(self, term: GradientTerm | None = None) -> FloatVector:
-        """(d,) float32: the model after the round's epochs on the site's rows. Raises TaskFailed and BadInput."""
+    @property
+    def local(self) -> FloatVector:
+        """What stays at the site of the model that was trained last, float32."""
+        return self.site.flat.read_local()
+
+    def train(
+        self,
+        term: GradientTerm | None = None,
+        *,
+        start: FloatVector | None = None,
+        local: FloatVector | None = None,
+    ) -> FloatVector:
+        """As `LocalRound.train`. The site's report is that of the round's first training."""
         site, rows = self.site, self.site.standard_rows(self.state)
-        if site.task.train is None:
-            site.flat.write(self.start)
-        else:  # it may evaluate the model in between
-            site.write(self.start, rows)
-        site.report = local_train(
+        site.flat.write(self.start if start is None else start, local)
+        if site.task.train is not None:  # it may evaluate the model in between
+            site.use_own_statistics(rows)
+        report = local_train(
             site.task, site.flat.module, rows.train, self.plan.train,
             seed=site.job.run.seed, round_=self.round, rounds=self.plan.rounds, site=site.site.id, term=term,
         )  # fmt: skip
-        self.steps = site.report.steps
+        if not self.steps:
+            site.report = report
+        self.steps = report.steps
         return site.flat.read()

@@ -14,9 +14,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 from weakref import WeakSet
@@ -118,10 +119,16 @@ class FlatModel:
     """A module, and a flat view of its shared parameters and buffers.
 
     untrained: (d,) float32, what the seed made where the module was filled from a released model, else None.
+    local_parameters: names, or patterns of `fnmatch`, of parameters and buffers that stay at a site: they are no part
+    of the vector, and `write` fills them from a vector of their own. Raises BadInput for one that nothing has.
     """
 
     def __init__(
-        self, module: nn.Module, buffers: str = "average", untrained: FloatVector | None = None
+        self,
+        module: nn.Module,
+        buffers: str = "average",
+        untrained: FloatVector | None = None,
+        local_parameters: Sequence[str] = (),
     ) -> None:
         if buffers not in BUFFER_POLICIES:
             raise UnknownName("round.buffers", buffers, BUFFER_POLICIES)
@@ -129,6 +136,10 @@ class FlatModel:
         self.untrained = untrained
         shared = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         floating = [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
+        local = _matching([*shared, *floating], local_parameters)
+        shared = [(n, p) for n, p in shared if n not in local]
+        floating = [(n, b) for n, b in floating if n not in local]
+        self._local = [_TensorPlace.of(module, name, tensor) for name, tensor in local.items()]
         stay = set(norm_statistics(module)) if buffers == "local" else set()
         travelling = [(n, b) for n, b in floating if n not in stay] if buffers != "initial" else []
         self._shared = [
@@ -136,15 +147,18 @@ class FlatModel:
         ]
         self.parameters = sum(p.numel() for _, p in shared)
         self.buffer_coordinates = sum(b.numel() for _, b in travelling)
-        frozen = sum(p.numel() for p in module.parameters()) - self.parameters
+        own = [tensor for tensor in local.values() if isinstance(tensor, nn.Parameter)]
+        frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
         moving = {name for name, _ in travelling}
         # Training changes these in place (a task's own loop may change frozen layers); every write restores
         # them, so that no site's values remain.
         still = [b for n, b in module.named_buffers() if n not in moving]
-        still += [p for p in module.parameters() if not p.requires_grad]
+        still += [p for p in module.parameters() if not p.requires_grad] + own
         self._kept: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in still]
         self._state = ModuleState(module)
         self.policy = _describe_buffers(module, len(travelling), buffers, frozen, len(stay))
+        if local:
+            self.policy += f"; {sum(t.numel() for t in local.values())} values of {', '.join(local)} stay at each site"
         if self.parameters == 0:
             raise BadInput(
                 "model: found no trainable parameter, expected at least one",
@@ -173,28 +187,65 @@ class FlatModel:
         """d: parameters and shared buffers."""
         return self.parameters + self.buffer_coordinates
 
-    @torch.no_grad()
+    @property
+    def local_names(self) -> list[str]:
+        """Of the parameters and buffers that stay at a site."""
+        return [place.name for place in self._local]
+
     def read(self) -> FloatVector:
         """(d,) float32 copy. Raises BadInput where training removed a parameter or gave it another shape."""
-        flat = [place.read().detach().reshape(-1).to(torch.float32) for place in self._shared]
-        return torch.cat(flat).cpu().numpy().copy()
+        return _joined(self._shared)
+
+    def read_local(self) -> FloatVector:
+        """The same of what stays at the site."""
+        return _joined(self._local)
 
     @torch.no_grad()
-    def write(self, vector: FloatVector) -> None:
+    def write(self, vector: FloatVector, local: FloatVector | None = None) -> None:
         """Copy (d,) float32 into the module in place; frozen parameters, unshared buffers and everything else
-        become what they were at the start. Raises BadInput on another length."""
+        become what they were at the start, and what stays at a site as well without `local`, as `read_local` has it.
+        Raises BadInput on another length."""
         if len(vector) != self.coordinates:
             raise BadInput(f"model: found {len(vector)} coordinates, expected {self.coordinates}")
         self._state.restore()
-        source = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32))
-        done = 0
-        source = source.to(self._shared[0].tensor.device)
-        for tensor in (place.tensor for place in self._shared):
-            size = tensor.numel()
-            tensor.copy_(source[done : done + size].view(tensor.shape))
-            done += size
+        _fill(self._shared, vector)
         for tensor, initial in self._kept:
             tensor.copy_(initial)
+        if local is not None:
+            _fill(self._local, local)
+
+
+@torch.no_grad()
+def _joined(places: Sequence[_TensorPlace]) -> FloatVector:
+    flat = [place.read().detach().reshape(-1).to(torch.float32) for place in places]
+    return torch.cat(flat).cpu().numpy().copy() if flat else np.empty(0, dtype=np.float32)
+
+
+@torch.no_grad()
+def _fill(places: Sequence[_TensorPlace], vector: FloatVector) -> None:
+    source = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32))
+    source = source.to(places[0].tensor.device)
+    done = 0
+    for tensor in (place.tensor for place in places):
+        size = tensor.numel()
+        tensor.copy_(source[done : done + size].view(tensor.shape))
+        done += size
+
+
+def _matching(named: Sequence[tuple[str, Tensor]], patterns: Sequence[str]) -> dict[str, Tensor]:
+    """{name: tensor} of those that a pattern names. Raises UnknownName for a pattern that names none, and BadInput
+    where no parameter is left."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name, _ in named):
+            raise UnknownName("train.local_parameters", pattern, [name for name, _ in named])
+    found = {n: t for n, t in named if any(fnmatchcase(n, pattern) for pattern in patterns)}
+    if found and all(n in found for n, t in named if isinstance(t, nn.Parameter)):
+        raise BadInput(
+            f"train.local_parameters: found all parameters of the model in {', '.join(patterns)}, expected at least "
+            "one that is averaged",
+            remedy="name the head, or the normalisation layers",
+        )
+    return found
 
 
 @dataclass(frozen=True)

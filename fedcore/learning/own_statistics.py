@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fedcore.learning.data.rows import Rows
-from fedcore.learning.model import norm_statistics, seeded
+from fedcore.learning.model import seeded
 from fedcore.learning.scoring import EVALUATION_BATCH, MOST_ROWS, probe
 from fedcore.learning.task import Task
 from fedcore.learning.training import (
@@ -71,18 +71,20 @@ def use_own_statistics(task: Task, module: nn.Module, rows: Rows, *, seed: int, 
 
 
 @torch.no_grad()
-def average_statistics(
-    module: nn.Module, of_sites: Sequence[tuple[dict[str, torch.Tensor], int]]
+def average_own(
+    module: nn.Module,
+    of_sites: Sequence[tuple[dict[str, torch.Tensor], int]],
+    names: Sequence[str],
 ) -> None:
-    """Give the normalisation layers the mean of the sites' statistics, as `buffers = "average"` would have it.
+    """Give parameters and buffers the mean of the sites' own, as averaging in rounds would have it.
 
-    of_sites: (state dict with a site's own statistics, its training rows).
+    of_sites: (state dict with a site's own values, its training rows).
     """
-    rows = sum(count for _, count in of_sites)
-    for name in norm_statistics(module):
+    rows, whole = sum(count for _, count in of_sites), module.state_dict()
+    for name in names:
         mean = sum(state[name].double() * (count / rows) for state, count in of_sites)
         assert isinstance(mean, torch.Tensor)
-        module.get_buffer(name).copy_(mean)
+        whole[name].copy_(mean)
 
 
 def losses_by_statistics(

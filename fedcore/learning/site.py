@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcore.config import Job
+from fedcore.config import Job, train_plan
 from fedcore.errors import BadInput
 from fedcore.learning import findings
 from fedcore.learning.adaptive_range import exceedance_counts, exceeds
@@ -32,9 +32,10 @@ from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.kept import KeptValues
 from fedcore.learning.local_round import SiteRound
 from fedcore.learning.metric_sums import MetricTransport
-from fedcore.learning.model import FlatModel, build_model, seeded
-from fedcore.learning.own_statistics import average_statistics, use_own_statistics
+from fedcore.learning.model import FlatModel, build_model, norm_statistics, seeded
+from fedcore.learning.own_statistics import average_own, use_own_statistics
 from fedcore.learning.rules import rules_of
+from fedcore.learning.rules.parts import Values
 from fedcore.learning.saved import Module, model_bytes
 from fedcore.learning.schedules import at_full_rate
 from fedcore.learning.scoring import Scored, probe, score
@@ -193,11 +194,12 @@ def model_of(task: Task, job: Job, site: SiteRows) -> FlatModel:
     with task_code(site.id, None, "model"):
         module = build_model(task.model, job.run.seed, first_pass)
     device, untrained = require_device(job.run.device), None
+    stays = job.train.local_parameters
     if job.run.initial is not None:
-        untrained = FlatModel(module, job.round.buffers).read()
+        untrained = FlatModel(module, job.round.buffers, None, stays).read()
         layout = site.train.layout if isinstance(site.train, TableRows) else None
         start_from(Path(job.run.initial), module, layout)
-    return FlatModel(module.to(device), job.round.buffers, untrained)
+    return FlatModel(module.to(device), job.round.buffers, untrained, stays)
 
 
 def sample_of(task: Task, job: Job, flat: FlatModel, site: SiteRows) -> Scored:
@@ -245,6 +247,7 @@ class SiteTrainer:
     def __post_init__(self) -> None:
         if self.task.train is not None:
             refuse_own_train(self.job.train.algorithm, self.task.name)
+        self._rules = rules_of(train_plan(self.job.train))
         self.public: Statistics | None = None
         """The scale of the rows' declared ranges, where the job goes by these."""
         if self.layout is not None and self.job.train.standardise == "ranges":
@@ -367,18 +370,30 @@ class SiteTrainer:
         if server is not state.server or known != round_:
             rows = self.standard_rows(state)
             with self.watch("evaluate"):
-                found = self.score_model(state.server.model, rows, round_)
+                found = self.score_model(state.server.model, rows, round_, self.kept_at(state))
             self._scored = state.server, round_, found
         return found
 
-    def score_model(self, model: FloatVector, rows: SiteRows, round_: int) -> Scored | None:
-        """A model, given flat, on the test rows of `rows`, this site's as inputs; None where there are none."""
-        self.write(model, rows)
+    def kept_at(self, state: JobState) -> Values:
+        """What this site has kept, as a state has it."""
+        return self.kept.at(state.summed.get(self.site.id, 0))
+
+    def score_model(
+        self, model: FloatVector, rows: SiteRows, round_: int, kept: Values
+    ) -> Scored | None:
+        """A released model, given flat, as this site uses it with what it kept, on the test rows of `rows`, this site's
+        as inputs; None where there are none."""
+        self.write(model, rows, kept)
         return rows.scored(self.task, self.flat.module, self.job.run.seed, round_)
 
-    def write(self, model: FloatVector, rows: SiteRows) -> None:
-        """Fill the module as this site evaluates it: with its own statistics where the job has them stay here."""
-        self.flat.write(model)
+    def write(self, model: FloatVector, rows: SiteRows, kept: Values) -> None:
+        """Fill the module as this site uses it: with what it kept, and its own statistics where the job has them stay
+        here."""
+        self.flat.write(*self._rules.uses(model, kept))
+        self.use_own_statistics(rows)
+
+    def use_own_statistics(self, rows: SiteRows) -> None:
+        """Give the module its own statistics where the job has them stay here."""
         if self.job.round.buffers == "local":
             use_own_statistics(
                 self.task, self.flat.module, rows.train, seed=self.job.run.seed, site=self.site.id
@@ -390,11 +405,15 @@ class SiteTrainer:
             self._guard = Guard(
                 self.task, plan, self.site.id, rows, self.flat, self.initial, self.job.run.seed
             )
-        self._guard.rows = rows
+        self._guard.rows, self._guard.local = rows, self.local(state)
         return self._guard
 
+    def local(self, state: JobState) -> FloatVector | None:
+        """What stays here of a state's model; None for the seed's."""
+        return self._rules.uses(state.server.model, self.kept_at(state))[1]
+
     def exported(self, state: JobState, *, public: bool = False) -> bytes:
-        """The file of a released model, with this site's own statistics where the job has them stay here.
+        """The file of a released model as this site uses it: with what the job has stay here.
 
         public: without these, and without where this site has its task, so that the bytes are the same at every
         site.
@@ -404,18 +423,19 @@ class SiteTrainer:
         if public:
             self.flat.write(state.server.model)  # also resets what training counted
         else:
-            self.write(state.server.model, self.standard_rows(state))
+            self.write(state.server.model, self.standard_rows(state), self.kept_at(state))
         return self._file(state, task)
 
     def exported_average(self, state: JobState, sites: Sequence[SiteTrainer]) -> bytes:
-        """The file of a released model with the mean of the sites' own statistics. sites: of a simulation."""
+        """The file of a released model with the mean of what the sites have of their own. sites: of a simulation."""
         of_sites = []
         for site in sites:
-            site.write(state.server.model, site.standard_rows(state))
+            site.write(state.server.model, site.standard_rows(state), site.kept_at(state))
             values = {n: t.clone() for n, t in self.flat.module.state_dict().items()}
             of_sites.append((values, len(site.site.train)))
         self.flat.write(state.server.model)
-        average_statistics(self.flat.module, of_sites)
+        own = norm_statistics(self.flat.module) if self.job.round.buffers == "local" else []
+        average_own(self.flat.module, of_sites, [*own, *self.flat.local_names])
         return self._file(state, self.task)
 
     def _file(self, state: JobState, task: Task) -> bytes:
@@ -491,8 +511,8 @@ class SiteTrainer:
     def train(self, plan: RoundPlan, state: JobState, round_: int) -> FloatVector:
         """Train locally by the plan's algorithm: what is sent, (coordinates,) float32, of which the first are
         update = local - global. What is kept changes with the release. Raises BadInput on NaN or infinity."""
-        kept = self.kept.at(state.summed.get(self.site.id, 0))
-        update, made = rules_of(plan.train).train(SiteRound(self, plan, state, round_), kept)
+        kept = self.kept_at(state)
+        update, made = self._rules.train(SiteRound(self, plan, state, round_), kept)
         if not np.isfinite(update).all():
             bad = int(np.count_nonzero(~np.isfinite(update)))
             raise BadInput(

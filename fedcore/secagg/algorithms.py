@@ -6,7 +6,7 @@ of it is here, so a coordinator needs no torch. All other code asks for what an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,7 +24,8 @@ class Algorithm:
     parameter; "" for nothing. keeps: what a site keeps from round to round and never sends, in words; "" for nothing.
     settings: those of `TrainPlan` that only it reads. requires: {setting of `TrainPlan`: the one value that its rules
     hold for}; because: why. own_loop: whether its rules need Fedcore's
-    local loop, whose gradients they change. plain_mean: whether it needs the server optimiser fedavg with a rate of 1.
+    local loop, whose gradients they change. personal: whether
+    a site uses a model of its own. plain_mean: whether it needs the server optimiser fedavg with a rate of 1.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Algorithm:
     because: str = ""
     own_loop: bool = False
     plain_mean: bool = False
+    personal: bool = False
 
 
 ALGORITHMS = {
@@ -65,6 +67,14 @@ ALGORITHMS = {
             because="it has a proximal term of its own, feddyn_alpha",
             own_loop=True,
             plain_mean=True,
+        ),
+        Algorithm(
+            "ditto",
+            "Li et al. 2021 (arXiv:2012.04221), algorithm 1",
+            keeps="a model of this site's own",
+            settings=("ditto_lambda",),
+            own_loop=True,
+            personal=True,
         ),
     )
 }
@@ -104,16 +114,25 @@ def algorithm_of(name: str) -> Algorithm:
     raise UnknownName("train.algorithm", name, ALGORITHMS)
 
 
-class Training(Protocol):
+class TrainSettings(Protocol):
     """What a job or a plan has of local training."""
 
     @property
     def algorithm(self) -> str: ...
+    @property
+    def local_parameters(self) -> Sequence[str]: ...
 
 
-def keeps_of(training: Training) -> str:
+def keeps_of(training: TrainSettings) -> str:
     """What a site keeps from round to round and never sends, in words; "" for nothing."""
+    if training.local_parameters:
+        return f"the parameters and buffers {', '.join(training.local_parameters)}"
     return algorithm_of(training.algorithm).keeps
+
+
+def is_personal(training: TrainSettings) -> bool:
+    """Whether a site uses a model of its own, in which something has never left it."""
+    return algorithm_of(training.algorithm).personal or bool(training.local_parameters)
 
 
 def refuse_training(plan: TrainPlan, unchanged: Mapping[str, object]) -> None:
@@ -127,6 +146,13 @@ def refuse_training(plan: TrainPlan, unchanged: Mapping[str, object]) -> None:
                     f"train.{setting}: found {found} with the algorithm {algorithm.name!r}, which does not read it",
                     remedy=f'algorithm = "{each.name}" reads it; else leave it out',
                 )
+    if plan.local_parameters and (algorithm.keeps or plan.proximal_mu):
+        found = "proximal_mu" if plan.proximal_mu else f"the algorithm {algorithm.name!r}"
+        raise BadInput(
+            f"train.local_parameters: found {', '.join(plan.local_parameters)} with {found}, expected one of them: the "
+            "rules are of parameters that are averaged",
+            remedy="leave one of them out (docs/algorithms.md)",
+        )
     for setting, expected in algorithm.requires.items():
         if (found := getattr(plan, setting)) != expected:
             raise BadInput(

@@ -127,6 +127,7 @@ class TrainPlan:
     lr_step_rounds, warmup_rounds: how `lr` changes over the rounds (`learning.schedules.learning_rate`).
     initial: SHA-256 hex of the released model that a simulation begins with, as a run prints it; "" for the one
     that every site makes from the seed. algorithm: one of `algorithms.ALGORITHMS`. feddyn_alpha: alpha of FedDyn.
+    ditto_lambda: lambda of Ditto. local_parameters: names or patterns of what stays at each site (FedPer, FedBN).
     Raises BadInput for a decay without a schedule that uses it, and the reverse, and as `algorithms.refuse_training`.
     """
 
@@ -145,8 +146,11 @@ class TrainPlan:
     initial: str = ""
     algorithm: str = "averaging"
     feddyn_alpha: float = 0.01
+    ditto_lambda: float = 0.1
+    local_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "local_parameters", tuple(self.local_parameters))  # of JSON
         algorithms.refuse_training(self, UNCHANGED_TRAINING)
         if self.lr_schedule not in LR_SCHEDULES:
             raise UnknownName("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
@@ -171,6 +175,11 @@ class TrainPlan:
     def keeps(self) -> str:
         """What a site keeps from round to round and never sends, in words; "" for nothing."""
         return algorithms.keeps_of(self)
+
+    @property
+    def personal(self) -> bool:
+        """Whether a site uses a model of its own."""
+        return algorithms.is_personal(self)
 
 
 CORRECTIONS = ("adam", "none", "flower")
@@ -225,6 +234,7 @@ _UNSTATED = {
 UNCHANGED_TRAINING: Json = {
     "proximal_mu": 0.0, "max_grad_norm": None, "lr_schedule": "constant", "lr_decay": 1.0,
     "lr_step_rounds": None, "warmup_rounds": 0, "initial": "", "algorithm": "averaging", "feddyn_alpha": 0.01,
+    "ditto_lambda": 0.1, "local_parameters": (),
 }  # fmt: skip
 """Values of a TrainPlan that are left out where they travel: a job without these settings has the same digest
 as before there were any."""
@@ -236,7 +246,11 @@ UNCHANGED_SERVER: Json = {"beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "correction"
 
 def without_unchanged(settings: Json, unchanged: Json) -> Json:
     """Settings as they travel: without the later ones that change nothing."""
-    return {n: v for n, v in settings.items() if n not in unchanged or unchanged[n] != v}
+
+    def plain(value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    return {n: v for n, v in settings.items() if n not in unchanged or unchanged[n] != plain(v)}
 
 
 @dataclass(frozen=True)

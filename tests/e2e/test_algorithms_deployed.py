@@ -30,6 +30,8 @@ SETTINGS = {
 SOURCES = {name: name for name in SITES}
 KEEPING = {
     "scaffold": {"algorithm": "scaffold"},
+    "ditto": {"algorithm": "ditto"},
+    "layers that stay": {"local_parameters": ["bias"]},
     "feddyn": {"algorithm": "feddyn", "feddyn_alpha": 1.0},
 }
 

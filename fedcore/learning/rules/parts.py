@@ -52,8 +52,23 @@ class LocalRound(Protocol):
     @property
     def steps(self) -> int: ...
 
-    def train(self, term: GradientTerm | None = None) -> FloatVector:
-        """(d,) float32: the model after the round's epochs on the site's rows. Raises TaskFailed and BadInput."""
+    @property
+    def local(self) -> FloatVector:
+        """What stays at the site of the model that was trained last, float32."""
+        ...
+
+    def train(
+        self,
+        term: GradientTerm | None = None,
+        *,
+        start: FloatVector | None = None,
+        local: FloatVector | None = None,
+    ) -> FloatVector:
+        """(d,) float32: the model after the round's epochs on the site's rows.
+
+        start: (d,) float32, another model to begin with than the released one. local: what stays at the site, None for
+        the seed's. Raises TaskFailed and BadInput.
+        """
         ...
 
 
@@ -65,6 +80,10 @@ class Summed:
     round: int
 
 
+Used = tuple[FloatVector, FloatVector | None]
+"""A model, (d,) float32, and what stays at the site of it, None for the seed's."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """One algorithm.
@@ -73,13 +92,15 @@ class Rules:
     behind it, and what it keeps if that is in the released sum. init: (plan) -> the vectors of the server beside the
     optimiser's moments, each (parameters,) float64. apply: (plan, state, weighted mean of what was sent, what it is
     of) -> the state after the server step. largest_step: (plan, largest step of the optimiser, largest mean) ->
-    bound on what one round adds to a parameter.
+    bound on what one round adds to a parameter. uses: (the released model, what the site kept) -> the model that the
+    site evaluates and hands out.
     """
 
     train: Callable[[LocalRound, Values], tuple[FloatVector, Values]]
     init: Callable[[RoundPlan], Mapping[str, WideVector]]
     apply: Callable[[RoundPlan, ServerState, WideVector, Summed], ServerState]
     largest_step: Callable[[RoundPlan, float, float], float]
+    uses: Callable[[FloatVector, Values], Used] = lambda model, kept: (model, None)
 
 
 def plain_train(round_: LocalRound, kept: Values) -> tuple[FloatVector, Values]:

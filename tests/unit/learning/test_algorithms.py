@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
+import fedcore
 from fedcore.config import build_job, wire_settings
 from fedcore.errors import BadInput, PlanRefused, UnknownName
+from fedcore.experiment.arms import loss_of
 from fedcore.experiment.loop import Experiment
 from fedcore.experiment.prepare import job_for, prepare
+from fedcore.files import read_json
 from fedcore.learning.kept import KeptValues
+from fedcore.learning.model import FlatModel
 from fedcore.learning.rules import RULES
-from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
+from fedcore.learning.saved import checkpoint_bytes, load_model, read_checkpoint
 from fedcore.learning.state import JobState
 from fedcore.learning.task import Task
 from fedcore.secagg.algorithms import ALGORITHMS
+from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protections import PROTECTIONS
 
 ROWS = {"a": 40, "b": 24, "c": 16}
@@ -26,6 +33,7 @@ WEIGHTS = {
     name: 2 * round(rows * 4 / 5 / 2) for name, rows in ROWS.items()
 }  # multiples of CAP / 32
 
+PLAN_FIELDS = {each.name for each in fields(RoundPlan)} | {"version", "inputs"}
 USUAL = {
     "protection": "plain", "arms": ("federated_float", "federated"), "resamples": 0, "lr": LR,
     "epochs": EPOCHS, "batch_size": CAP, "rounds": ROUNDS, "max_examples": CAP, "bits": 20,
@@ -77,9 +85,11 @@ class Site:
 
 
 def reimplemented(found, one_round, absent=frozenset()):
-    """The model after all rounds. one_round(w, sites, share) -> the next w; share: |S| / N."""
+    """The model after all rounds, and the sites. one_round(w, sites, share) -> the next w; share: |S| / N."""
     everyone = [Site(site) for site in found.prepared.sites]
-    w = found.federation.sites[0].initial.astype(np.float64)
+    flat = found.prepared.flat
+    flat.write(found.federation.sites[0].initial)
+    w = np.concatenate([flat.read(), flat.read_local()]).astype(np.float64)
     for k in range(1, ROUNDS + 1):
         sites = [
             s
@@ -87,7 +97,7 @@ def reimplemented(found, one_round, absent=frozenset()):
             if (k, of.id) not in absent
         ]
         w = one_round(w, sites, len(sites) / len(everyone))
-    return w
+    return w, everyone
 
 
 def mean(sites, values):
@@ -145,12 +155,34 @@ class FedDyn:
         return mean(sites, ends) - self.drift / self.alpha
 
 
+def with_own_bias(w, sites, share):
+    """FedPer: the last of the parameters stays."""
+    ends = []
+    for site in sites:
+        start = np.concatenate([w[:3], [site.kept[3] if site.model else w[3]]])
+        end = descended(site, start, site.gradient)
+        site.model, site.kept = True, end
+        ends.append(end)
+    return np.concatenate([mean(sites, ends)[:3], w[3:]])
+
+
+def ditto(w, sites, share):
+    for site in sites:
+        own = w if site.model is None else site.kept
+        site.model = True
+        site.kept = descended(site, own, lambda v, s=site: s.gradient(v) + 0.7 * (v - w))
+    return fedavg(w, sites, share)
+
+
 CASES = {
     "averaging": (lambda: fedavg, {}),
     "fedprox": (lambda: fedprox, {"proximal_mu": 0.5}),
     "scaffold": (Scaffold, {"algorithm": "scaffold"}),
     "feddyn": (FedDyn, {"algorithm": "feddyn", "feddyn_alpha": 0.3}),
+    "ditto": (lambda: ditto, {"algorithm": "ditto", "ditto_lambda": 0.7}),
+    "layers that stay": (lambda: with_own_bias, {"local_parameters": ("bias",)}),
 }
+KEEPING = [name for name in CASES if name not in {"averaging", "fedprox"}]
 
 
 @pytest.mark.parametrize("absent", [(), ((2, "b"), (4, "c"))], ids=["all present", "absences"])
@@ -160,17 +192,25 @@ def test_it_is_what_its_paper_has(case, absent):
     make, settings = CASES[case]
     drop = tuple(f"{k}:submit:{name}" for k, name in absent)
     found = trained(drop=drop, threshold=2, **settings)
-    expected = reimplemented(found, make(), frozenset(absent))
+    whole, sites = reimplemented(found, make(), frozenset(absent))
+    expected = whole[: found.prepared.plan.parameters]
     assert np.abs(expected - found.federation.sites[0].initial).max() > 0.3  # something was learnt
     of_float = found.arms["federated_float"].state.server.model
     np.testing.assert_allclose(of_float, expected, atol=2e-6)
     step = 2 * max(row["range"] for row in found.history if row.arm == "federated") / (1 << 20)
-    np.testing.assert_allclose(
-        found.federated.state.server.model,
-        expected,
-        atol=2e-6 + 40 * step * CAP / sum(WEIGHTS.values()),
-    )
+    near = 2e-6 + 40 * step * CAP / sum(WEIGHTS.values())
+    np.testing.assert_allclose(found.federated.state.server.model, expected, atol=near)
     assert step < 1e-5
+    if found.prepared.plan.train.personal:
+        for trainer, site in zip(found.federation.sites, sites, strict=True):
+            trainer.write(
+                found.federated.state.server.model, trainer.standard_rows(found.federated.state),
+                trainer.kept_at(found.federated.state),
+            )  # fmt: skip
+            module = trainer.flat.module
+            used = [*module.weight.detach().numpy().ravel(), *module.bias.detach().numpy()]
+            own = np.concatenate([expected, site.kept[3:]]) if len(expected) == 3 else site.kept
+            np.testing.assert_allclose(used, own, atol=near)
 
 
 def test_every_algorithm_has_a_case_and_rules():
@@ -178,20 +218,19 @@ def test_every_algorithm_has_a_case_and_rules():
     assert set(ALGORITHMS) <= set(CASES)
 
 
-@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
-def test_every_protection_gives_the_same_model(algorithm):
-    models = {
-        trained(
-            protection=protection, algorithm=algorithm, rounds=2, arms=("federated",), bits=16
-        ).federated.state.model_sha256
-        for protection in PROTECTIONS
-    }
+@pytest.mark.parametrize("case", KEEPING)
+def test_every_protection_gives_the_same_model(case):
+    models = set()
+    for protection in PROTECTIONS:
+        usual = {"protection": protection, "rounds": 2, "arms": ("federated",), "bits": 16}
+        found = trained(**usual | CASES[case][1]).federated
+        models.add((found.state.model_sha256, *found.models()[:2]))
     assert len(models) == 1
 
 
-@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
-def test_an_interrupted_run_goes_on_to_the_same_model(algorithm):
-    settings = {"algorithm": algorithm, "drop": ("2:submit:b",), "threshold": 2}
+@pytest.mark.parametrize("case", KEEPING)
+def test_an_interrupted_run_goes_on_to_the_same_model(case):
+    settings = {**CASES[case][1], "drop": ("2:submit:b",), "threshold": 2}
     whole = trained(**settings)
     first, second = (experiment(**settings) for _ in range(2))
     rows = first.rounds()
@@ -202,7 +241,10 @@ def test_an_interrupted_run_goes_on_to_the_same_model(algorithm):
     for _ in second.rounds():
         pass
     for arm in ("federated_float", "federated"):
-        assert second.arms[arm].state.to_bytes() == whole.arms[arm].state.to_bytes()
+        assert second.arms[arm].models() == whole.arms[arm].models()
+        assert loss_of(second.arms[arm].evaluate(ROUNDS)) == loss_of(
+            whole.arms[arm].evaluate(ROUNDS)
+        )
 
 
 def test_what_is_kept_is_that_of_the_last_sum_with_the_site():
@@ -243,6 +285,10 @@ def test_a_state_says_in_whose_sums_a_site_was():
         ({"feddyn_alpha": 0.5}, BadInput, r"train\.feddyn_alpha: found 0\.5", "feddyn"),
         ({"algorithm": "feddyn", "server": "fedadam"}, BadInput, r"round\.server", "leave"),
         ({"algorithm": "feddyn", "server_lr": 0.5}, BadInput, r"server_lr 0\.5", "leave"),
+        ({"ditto_lambda": 1.0}, BadInput, r"train\.ditto_lambda: found 1\.0", "ditto"),
+        ({"local_parameters": "a.*", "algorithm": "ditto"}, BadInput, r"a\.\* with the algorithm 'ditto'", "one of"),
+        ({"local_parameters": "a.*", "proximal_mu": 1.0}, BadInput, "with proximal_mu", "one of"),
+        ({"local_parameters": "a.*", "release": "coordinator"}, BadInput, "they stay at the sites", "fed-site model"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused_with_what_does(settings, error, words, hint):
@@ -263,3 +309,72 @@ def test_without_the_setting_nothing_of_it_travels():
     assert "algorithm" not in plan.to_json()["train"]
     assert "algorithm" not in wire_settings(build_job({}))["train"]
     assert list(plan.blocks.values()) == [4]
+
+
+def norms():
+    """A network whose normalisation layer may stay."""
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1))
+
+
+def test_layers_that_stay_are_neither_sent_nor_averaged_and_come_with_their_statistics(tmp_path):
+    """FedBN: of the sites' normalisation layers none is in a vector, and each site's file has its own."""
+    made = task(model=norms)
+    settings = USUAL | {"local_parameters": "1.*", "rounds": 2, "arms": ("federated",)}
+    run = fedcore.simulate(made, out=tmp_path / "run", **settings)
+    plan = RoundPlan.from_json(
+        {k: v for k, v in read_json(tmp_path / "run" / "plan.json").items() if k in PLAN_FIELDS}
+    )
+    assert (plan.parameters, plan.buffer_coordinates) == (3 * 4 + 4 + 4 + 1, 0)
+    files = {
+        name: load_model(tmp_path / "run" / f"model-{name}.safetensors", made).module
+        for name in ROWS
+    }
+    common = load_model(tmp_path / "run", made).module
+    for name in ("1.weight", "1.bias", "1.running_mean", "1.running_var"):
+        values = torch.stack([module.state_dict()[name] for module in files.values()])
+        assert len(values.unique(dim=0)) == len(ROWS), name
+        mean = common.state_dict()[name]
+        assert ((mean > values.amin(0)) & (mean < values.amax(0))).all()
+    for name in ("0.weight", "3.bias"):
+        values = torch.stack([module.state_dict()[name] for module in files.values()])
+        assert len(values.unique(dim=0)) == 1, name
+    assert any("model-SITE.safetensors" in line for line in run.result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "error", "words"),
+    [
+        ("2.*", UnknownName, "'2.*'"),
+        ("*", BadInput, "all parameters of the model"),
+    ],
+)
+def test_patterns_that_cannot_be_meant_are_refused(patterns, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        FlatModel(norms(), local_parameters=(patterns,))
+
+
+def test_ditto_fits_sites_that_the_common_model_does_not():
+    """Scores of the federated arm are of the models that the sites use."""
+    common, own = (
+        trained(rounds=ROUNDS, arms=("federated",), **settings).history[-1]["per_site"]
+        for settings in ({}, {"algorithm": "ditto", "ditto_lambda": 0.01})
+    )
+    for name in ("a", "c"):  # the mean fits b best
+        assert own[name]["rmse"] < common[name]["rmse"] - 0.1
+
+
+def test_what_a_public_file_has_is_nothing_of_a_site():
+    for settings in ({"local_parameters": ("bias",)}, {"algorithm": "ditto"}):
+        found = trained(rounds=2, arms=("federated",), **settings)
+        state = found.federated.state
+        assert len({site.exported(state, public=True) for site in found.federation.sites}) == 1
+        assert len({site.exported(state) for site in found.federation.sites}) == len(ROWS)
+
+
+def test_the_guard_judges_with_what_stays_at_the_site():
+    found = trained(rounds=2, arms=("federated",), local_parameters=("bias",))
+    found.federation.judge()
+    for site, guard in zip(found.federation.sites, found.federation.guards, strict=True):
+        assert guard.local.tolist() == site.kept_at(found.federated.state)["local"].tolist()
+        guard.flat.write(found.federated.state.server.model)
+        assert guard.local.tolist() != guard.flat.read_local().tolist()

@@ -312,7 +312,10 @@ def test_every_setting_of_training_is_in_the_plan_that_sites_check():
         "proximal_mu": 0.1, "max_grad_norm": 2.0, "lr_schedule": "step", "lr_decay": 0.5,
         "lr_step_rounds": 4, "warmup_rounds": 2,
     }  # fmt: skip
-    algorithms = [{"algorithm": "feddyn", "feddyn_alpha": 0.5}]
+    algorithms = [
+        {"algorithm": "feddyn", "feddyn_alpha": 0.5}, {"algorithm": "ditto", "ditto_lambda": 0.5},
+        {"local_parameters": ("weight",)},
+    ]  # fmt: skip
     of_algorithms = {name for each in algorithms for name in each}
     assert later.keys() | of_algorithms == UNCHANGED_TRAINING.keys() - {"initial"}
     for each in (later, *algorithms):
