@@ -10,7 +10,8 @@ import pytest
 from support.whole_jobs import HUB, LIMITS, SITES, Hub, Jobs, Site
 
 from fedcore.secagg.protocol import job_messages, messages
-from fedcore.secagg.protocol.effects import Send
+from fedcore.secagg.protocol.effects import OpenSum, Send
+from fedcore.secagg.protocol.round import coordinator
 
 STEPS = [("range", 0), ("update", 1), ("update", 2), ("metrics", 3)]
 
@@ -174,3 +175,34 @@ def test_a_round_of_other_sites_than_expected_asks_for_keys_under_a_later_number
     assert [len(rounds[each].keys) for each in (2, 3, 4)] == [4, 0, 4]
     numbers = [rounds[each].header.round for each in (2, 3, 4)]
     assert numbers == [numbers[0], numbers[0] + 2, numbers[0] + 3]
+
+
+class SlowToOpen(Jobs):
+    """b has downloaded the sum of round 2, and opens it only once the others have released it."""
+
+    held = 0
+
+    def labour(self, name):
+        party, stage = self.parties[name], self.parties[HUB].machine.facts.stage
+        late = next((w for w in party.work if self.is_slow(name, w)), None)
+        if late is None:
+            super().labour(name)
+        elif late.header == stage.header and isinstance(stage, coordinator.Releasing):
+            self.held += 1
+            self.pass_time()
+        elif party.job.parts.rounds.early is not None:
+            party.work.remove(late)
+            self.safely(name, lambda: party.open(late.header, late.survivors))
+
+    def is_slow(self, name, work):
+        return name == "b" and isinstance(work, OpenSum) and work.header.training_round == 2
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_site_whose_statement_came_after_the_certificate_says_where_it_stands(seed):
+    """It is not among the signers, so that nothing else tells the coordinator that it can go on."""
+    world = SlowToOpen(seed, rounds=6)
+    world.play()
+    released(world)
+    found = survivors(world)
+    assert world.held and found[2] == "abcd" and found[5] == found[6] == "abcd"

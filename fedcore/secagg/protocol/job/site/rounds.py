@@ -251,14 +251,25 @@ class RoundDriver:
             self.early = None  # or it would end the next round
             self.ended = True
             yield effects.StopMaking()
-            if isinstance(after, site.Idle) and after.ahead is not None:
-                yield effects.Report("waiting")  # its keys for the next round imply its status
+            if self._is_known_at_rest(after):
+                yield effects.Report("waiting")
             else:
                 yield from self.send_status()
         elif isinstance(after, site.Stated) and self.early is not None:
             certificate, self.early = self.early, None
             if self.is_round(certificate.header.digest):
                 yield from self.step(site.MessageFromCoordinator(certificate), now)
+
+    def _is_known_at_rest(self, after: site.SiteStage) -> bool:
+        """Whether the coordinator knows the status of this site: its statement is in the certificate, and the keys that
+        it sent before that are for the round to come."""
+        certificate = self._states.certificate
+        sent_keys = isinstance(after, site.Idle) and after.ahead is not None
+        return (
+            sent_keys
+            and certificate is not None
+            and self._me.id in (name for name, _ in certificate.signatures)
+        )
 
     def _entries(self, found: Sequence[site.SiteEffect]) -> SiteEffects:
         """The ledger's entries of a step, before the journal's and before anything leaves.
