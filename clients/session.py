@@ -161,6 +161,8 @@ class Session:
         self._telling: dict[str, asyncio.TimerHandle] = {}
         self._partial: dict[bytes, bytearray] = {}
         """What came of the last download that broke off."""
+        self._begun = b""
+        """Digest of the last upload whose parts were sent: some of it may be there."""
         self._turn = 0
         """Which of the addresses is connected or tried, counted on and on."""
         self.since: float | None = None
@@ -425,10 +427,12 @@ class Session:
         with self._of_the_session("upload"):
             while True:
                 channel = self._open()
-                found = await call_unary(channel, calls.UPLOAD_OFFSET, start)
-                if found.complete:
-                    return
-                start = replace(start, offset=found.offset)
+                if start.digest == self._begun:  # else no part of it is there
+                    found = await call_unary(channel, calls.UPLOAD_OFFSET, start)
+                    if found.complete:
+                        return
+                    start = replace(start, offset=found.offset)
+                self._begun = start.digest
                 begin: Any = channel.stream_unary(calls.UPLOAD.path)
                 call = begin(_frames(start, source, self._pace))
                 receipt = calls.UPLOAD.gives.unpack(await call, sender="coordinator")
