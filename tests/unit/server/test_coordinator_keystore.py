@@ -6,8 +6,6 @@ import base64
 import json
 import os
 import ssl
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from fedcore_server.cli import main
@@ -20,6 +18,7 @@ from support.keystores import PASSPHRASE, cheap_scrypt, passphrase_file
 from support.killed import killed_before
 
 from fedcore.errors import BadInput, EnvelopeRefused
+from fedcore.files import lock
 from fedcore.files.disk import open_to_others
 from fedcore.identity.keystore import Keystore, KeystoreFile
 from fedcore.identity.keystore_backup import back_up, restore, rotate
@@ -147,26 +146,25 @@ def test_a_new_passphrase_opens_the_same_keys(place, words, party, capsys, tmp_p
     assert command(capsys, "backup", str(tmp_path / "x"), *words[party])[0] == 0
 
 
-def test_of_two_operators_who_change_the_passphrase_the_later_is_refused(
-    place, words, tmp_path, capsys
+def test_of_two_operators_who_change_the_passphrase_at_once_one_is_refused(
+    place, words, tmp_path, monkeypatch
 ):
-    """Both know the old one. The one whose command comes second is told, and the first one's is in force."""
+    """Both know the old one. While the first command is under way the other waits; afterwards the old one is void."""
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.05)
     kept = kept_coordinator(read_config(place), place)
-    new = {n: passphrase_file(tmp_path / n, f"the passphrase of {n}") for n in ("ada", "bob")}
+    ada, bob = (
+        KeystoreSection(unlock=f"file:{passphrase_file(tmp_path / n, f'the passphrase of {n}')}")
+        for n in ("ada", "bob")
+    )
 
-    def change(who):
-        try:
-            return rotate(kept, KeystoreSection(unlock=f"file:{new[who]}"))["unlock"]
-        except BadInput as error:
-            return str(error)
+    def meanwhile():
+        with pytest.raises(BadInput, match=r"keystore\.json: found another command changing it"):
+            rotate(kept, bob)
 
-    with ThreadPoolExecutor(2) as pool:
-        said = list(pool.map(change, new))
-    (done,) = [each for each in said if each.startswith("file:")]
-    (refused,) = [each for each in said if not each.startswith("file:")]
-    assert "this passphrase does not open" in refused
-    winner = Path(done.removeprefix("file:")).read_text().strip()
-    assert Keystore.load(kept.keystore, kept.party, SecretBytes(winner.encode()))
+    rotate(kept, ada, meanwhile)
+    with pytest.raises(BadInput, match="this passphrase does not open"):
+        rotate(kept, bob)
+    assert Keystore.load(kept.keystore, kept.party, ada.read())
 
 
 def test_commands_of_the_keystore_are_in_the_audit_trail(place, words, capsys, tmp_path):
