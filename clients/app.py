@@ -561,7 +561,7 @@ def opened(config: SiteConfig, papers: Papers) -> Iterator[SiteContext]:
         Journal.open(
             config.folder / JOURNAL_FILE, party=config.party, sealer=config.row_sealer()
         ) as journal,
-        Ledger.open(config.folder, papers.identity) as ledger,
+        Ledger.open(config.folder, papers.identity, config.ledger_sealer()) as ledger,
         AuditTrail.open(
             config.folder, SiteSigner(papers.identity), audit_facts(config, papers)
         ) as audit,

@@ -384,7 +384,7 @@ app.add_typer(keystore_app, name="keystore")
 
 @keystore_app.command("encrypt")
 def encrypt_keys(config: Config = _HERE, as_json: AsJson = False) -> None:
-    """Encrypt the keys, the journal and the models. With the passphrase that [keystore] names; may be repeated."""
+    """Encrypt keys, journal, models and ledger. With the passphrase that [keystore] names; may be repeated."""
     from fedcore_clients.config import read_config
     from fedcore_clients.private_files import encrypt, encrypted_lines
 
@@ -461,7 +461,8 @@ def ledger(config: Config = _HERE, as_json: AsJson = False) -> None:
     from fedcore_clients.config import read_config
     from fedcore_clients.ledger import ledger_lines, read_ledger
 
-    found = read_ledger(read_config(config).folder)
+    place = read_config(config)
+    found = read_ledger(place.folder, place.ledger_sealer())
     _print(as_json, {"exposures": [each.to_json() for each in found]}, ledger_lines(found))
 
 

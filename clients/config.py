@@ -159,6 +159,12 @@ class SiteConfig(CoordinatorAddress):
             return None
         return FileSealer(open_keystore(self.keystore, self.party).files_key())
 
+    def ledger_sealer(self) -> RowSealer | None:
+        """What the lines of the ledger are encrypted with; None where they are in clear. Raises BadInput."""
+        if self.keystore is None:
+            return None
+        return RowSealer(open_keystore(self.keystore, self.party).files_key())
+
     def read_kit(self) -> Kit:
         """Certificate and key. Raises BadInput, CertificateRefused."""
         return Kit.load(self.kit, self.password(KEY_FILE))

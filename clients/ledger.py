@@ -9,26 +9,31 @@ leaves an entry of a sum that was not exposed, never a sum without an entry. Wha
 Entries are keyed by a digest of the rows: HMAC-SHA256 under a key derived from the site's identity, over the digest
 that the training process computes. It does not leave the site; without the key guesses of rows cannot be tested
 against it. Query and privacy budgets are counted here.
+With a keystore each line is encrypted for its own place. Not detected: that the last lines are missing.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import hmac
 import json
 import os
+import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from fedcore.errors import StoreProblem
+from fedcore.errors import EnvelopeRefused, StoreProblem
+from fedcore.files import write_atomic
 from fedcore.files.disk import make_folder, refusals, sync_folder
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.purposes import of_columns
+from fedcore.store.sealing import RowSealer
 from fedcore.types import Json, SiteId
 
 LEDGER_FILE = "ledger.jsonl"
@@ -96,10 +101,12 @@ class Exposure:
 
 
 class Ledger:
-    """The ledger of a site while its process runs. key: of the digests of rows, 32 bytes."""
+    """The ledger of a site while its process runs. key: of the digests of rows, 32 bytes; sealer: what its lines are
+    encrypted with, if they are."""
 
-    def __init__(self, path: Path, key: bytes) -> None:
-        self._path, self._key = path, key
+    def __init__(self, path: Path, key: bytes, sealer: RowSealer | None = None) -> None:
+        self._path, self._key, self._sealer = path, key, sealer
+        self._lines = 0
         self._entries: dict[str, Exposure] = {}
         self._statistics: dict[str, dict[str, Exposure]] = {}
         """By rows and header: looked up at every message of a job that has such sums."""
@@ -109,18 +116,19 @@ class Ledger:
         self._size = 0
 
     @classmethod
-    def open(cls, folder: Path, identity: IdentityKey) -> Self:
+    def open(cls, folder: Path, identity: IdentityKey, sealer: RowSealer | None = None) -> Self:
         """Open or create the ledger of a folder. A line that a crash cut off is removed: nothing that relies on it
-        was sent. Raises StoreProblem where it cannot be read or written."""
+        was sent. Raises StoreProblem where it cannot be read or written, or is in clear where there is a sealer."""
         path = folder / LEDGER_FILE
-        found = cls(path, identity.derive(b"rows of the ledger"))
+        found = cls(path, identity.derive(b"rows of the ledger"), sealer)
         with refusals("ledger", path):
             make_folder(folder)
             found._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             sync_folder(folder)
             data = path.read_bytes()
         try:
-            entries, found._size = _parsed(path, data)
+            entries, found._size = _parsed(path, data, sealer)
+            found._lines = data.count(b"\n")
             for each in entries.values():
                 found._keep(each)
             found._cut()
@@ -171,7 +179,7 @@ class Ledger:
         jobs[entry.job] = max(entry.at, jobs.get(entry.job, 0.0))
 
     def _append(self, line: Json, *, sync: bool) -> None:
-        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        data = _line(json.dumps(line, allow_nan=False).encode(), self._lines + 1, self._sealer)
         with refusals("ledger", self._path):
             try:
                 written = os.pwrite(self._handle, data, self._size)
@@ -184,6 +192,7 @@ class Ledger:
                     self._cut()
                 raise
         self._size += len(data)
+        self._lines += 1
 
     def _cut(self) -> None:
         """Truncate the file after the last whole line."""
@@ -264,14 +273,61 @@ class JobLedger:
         return self.ledger.statistics_only_with(rows, columns, besides, self.pins)
 
 
-def _parsed(path: Path, data: bytes) -> tuple[dict[str, Exposure], int]:
+_LIKE_SEALED = re.compile(rb"[A-Za-z0-9+/]{64}")
+"""How a line begins that is encrypted: base64; one in clear is JSON."""
+
+
+def _line(text: bytes, number: int, sealer: RowSealer | None) -> bytes:
+    """A line of the file. number: which, from 1."""
+    if sealer is not None:
+        text = base64.b64encode(sealer.record(text, "", "ledger", "line", number))
+    return text + b"\n"
+
+
+def _text(line: bytes, number: int, sealer: RowSealer | None) -> bytes:
+    """The inverse. Raises ValueError for another form, EnvelopeRefused for a line of another place."""
+    if sealer is None:
+        return line
+    return sealer.open_record(base64.b64decode(line, validate=True), "", "ledger", "line", number)
+
+
+def is_sealed_ledger(folder: Path) -> bool | None:
+    """Whether a folder's ledger is encrypted; None where it has no line. Raises OSError."""
+    path = folder / LEDGER_FILE
+    data = path.read_bytes() if path.is_file() else b""
+    return _LIKE_SEALED.match(data) is not None if data else None
+
+
+def seal_ledger(folder: Path, sealer: RowSealer) -> bool:
+    """Encrypt a ledger that is in clear, whole or not at all; whether it was. Raises OSError."""
+    if is_sealed_ledger(folder) is not False:
+        return False
+    path = folder / LEDGER_FILE
+    data = path.read_bytes()
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    write_atomic(path, [_line(line, number, sealer) for number, line in enumerate(lines, 1)])
+    sync_folder(folder)
+    return True
+
+
+def _parsed(
+    path: Path, data: bytes, sealer: RowSealer | None = None
+) -> tuple[dict[str, Exposure], int]:
     """The entries, and the length of all whole lines."""
     whole = data[: data.rfind(b"\n") + 1]
     entries: dict[str, Exposure] = {}
+    if whole and (_LIKE_SEALED.match(whole) is not None) != (sealer is not None):
+        found = "in clear" if sealer is not None else "encrypted"
+        raise StoreProblem(
+            f"ledger {path}: found it {found}, expected it {'as' if sealer else 'in clear, as'} [keystore] says",
+            remedy="fed-site keystore encrypt"
+            if sealer
+            else "write [keystore] back into site.toml",
+        )
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            _read_line(entries, json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
+            _read_line(entries, json.loads(_text(line, number, sealer)))
+        except (ValueError, KeyError, TypeError, EnvelopeRefused) as error:
             raise StoreProblem(
                 f"ledger {path}: found line {number} damaged, expected an entry",
                 remedy="restore ledger.jsonl from a backup: without it this site does not know what it "
@@ -294,14 +350,14 @@ def _tuples(about: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in about.items()}
 
 
-def read_ledger(folder: Path) -> list[Exposure]:
-    """The entries of a folder's ledger, the oldest first; nothing is locked or changed."""
+def read_ledger(folder: Path, sealer: RowSealer | None = None) -> list[Exposure]:
+    """The entries of a folder's ledger, the oldest first; nothing is locked or changed. Raises StoreProblem."""
     path = folder / LEDGER_FILE
     if not path.is_file():
         return []
     with refusals("ledger", path):
         data = path.read_bytes()
-    return list(_parsed(path, data)[0].values())
+    return list(_parsed(path, data, sealer)[0].values())
 
 
 def ledger_lines(entries: Sequence[Exposure]) -> Iterator[str]:

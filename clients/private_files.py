@@ -6,16 +6,19 @@ run` refuses to start, and names the file that is still in clear.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedcore_clients.config import JOURNAL_FILE, SiteConfig
+from fedcore_clients.ledger import LEDGER_FILE, is_sealed_ledger, seal_ledger
 from fedcore_clients.state_files import STATES, all_states, seal_states
 from fedcore_clients.status import runs
 
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.trail import AuditTrail
 from fedcore.errors import Refused
+from fedcore.files.disk import OTHERS
 from fedcore.identity import encrypted_files, keystore_backup
 from fedcore.identity.encrypted_files import (
     CLEAR,
@@ -59,6 +62,13 @@ def states_of(config: SiteConfig) -> PrivateFile:
     return PrivateFile(STATES, config.folder / STATES, state)
 
 
+def ledger_of(config: SiteConfig) -> PrivateFile:
+    """The ledger, as it is."""
+    sealed = is_sealed_ledger(config.folder)
+    state = MISSING if sealed is None else ENCRYPTED if sealed else CLEAR
+    return PrivateFile(LEDGER_FILE, config.folder / LEDGER_FILE, state)
+
+
 def encrypt(config: SiteConfig) -> Json:
     """Encrypt keys, journal and states that are in clear, with a new keystore if there is none; what was done.
 
@@ -66,14 +76,17 @@ def encrypt(config: SiteConfig) -> Json:
     """
     section = required(config.keystore, config.file)
     require_stopped(config)
+    os.umask(OTHERS)
     files, journal = private_files(config), journal_of(config)
-    others = [journal, states_of(config)]
+    others = [journal, states_of(config), ledger_of(config)]
     store, made, done = encrypt_keys(section, config.party, files, others)
     if journal.state != MISSING:
         sealer = RowSealer(store.journal_key())
         done += [str(journal.path)] if encrypt_journal(journal.path, config.party, sealer) else []
     if seal_states(config.folder, FileSealer(store.files_key())):
         done.append(str(config.folder / STATES))
+    if seal_ledger(config.folder, RowSealer(store.files_key())):
+        done.append(str(config.folder / LEDGER_FILE))
     if done and config.identity.exists():
         note(config, "encrypted at rest", tuple(Path(each).name for each in done))
     return {"keystore": str(section.file), "made": made, "encrypted": done}
@@ -148,7 +161,7 @@ def keystore_status(config: SiteConfig) -> Json:
     files = private_files(config)
     path, running = config.folder / JOURNAL_FILE, runs(config.folder)
     journal = PrivateFile(JOURNAL_FILE, path, IN_USE) if running else journal_of(config)
-    others = [states_of(config), journal]
+    others = [states_of(config), ledger_of(config), journal]
     found = keystore_json(config.keystore, [*files, *others])
     clear = any(each.state == CLEAR for each in others)
     whole = found["keystore"] is not None and not clear and {f.state for f in files} == {ENCRYPTED}

@@ -7,12 +7,14 @@ import shutil
 import pytest
 from fedcore_clients.app import opened, read_papers
 from fedcore_clients.config import read_config
+from fedcore_clients.ledger import LEDGER_FILE, Exposure, Ledger, read_ledger
 from fedcore_clients.private_files import encrypt, keystore_status
 from fedcore_clients.state_files import StateFiles, state_folder
 from support.keystores import cheap_scrypt, new_site
 from support.killed import killed_before
 
 from fedcore.errors import StoreProblem
+from fedcore.identity.identities import read_identity
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.store.sealed_files import FileSealer, is_sealed_file
 from fedcore.wire.limits import INLINE
@@ -128,6 +130,44 @@ def test_encrypting_states_can_be_killed_between_any_two_steps(site):
             break
         step += 8  # each opens files of the trail and the journal, too
     assert sealed == {True, False}
+
+
+def test_a_ledger_is_encrypted_line_by_line_each_for_its_place(site):
+    path, job = site.folder / LEDGER_FILE, "a-job-of-this-test"
+    entries = [
+        Exposure(f"h{n}", "rows", "update", job, "plan", n, n, ("a",), (), (), 1.0)
+        for n in range(3)
+    ]
+    with Ledger.open(site.folder, read_identity(site.identity)) as ledger:
+        for each in entries[:2]:
+            ledger.exposed(each)
+    assert job in path.read_text(), "the control"
+    assert not keystore_status(site)["at_rest"]
+    assert str(path) in encrypt(site)["encrypted"] and path.stat().st_mode & 0o777 == 0o600
+    with opened(site, read_papers(site)) as context:
+        assert list(context.ledger) == entries[:2]
+        context.ledger.exposed(entries[2])
+        context.ledger.certified("h1", "certificate")
+    assert job not in path.read_text()
+    found = read_ledger(site.folder, site.ledger_sealer())
+    assert [(each.header, each.certificate) for each in found] == [
+        ("h0", ""), ("h1", "certificate"), ("h2", ""),
+    ]  # fmt: skip
+    lines = path.read_bytes().splitlines(keepends=True)
+    for changed in (lines[1:], [lines[1], lines[0], *lines[2:]], [lines[0], *lines]):
+        path.write_bytes(b"".join(changed))
+        with pytest.raises(StoreProblem, match="damaged"):
+            read_ledger(site.folder, site.ledger_sealer())
+    path.write_bytes(b"".join(lines) + lines[0][:30])  # of a process that was killed
+    with opened(site, read_papers(site)) as context:
+        assert len(list(context.ledger)) == 3
+    assert path.read_bytes() == b"".join(lines)
+    with pytest.raises(StoreProblem, match=r"found it encrypted, expected it in clear"):
+        read_ledger(site.folder)
+    path.write_text('{"exposed": {}}\n')
+    with pytest.raises(StoreProblem, match=r"found it in clear") as error:
+        read_ledger(site.folder, site.ledger_sealer())
+    assert error.value.remedy == "fed-site keystore encrypt"
 
 
 def test_without_its_keystore_an_encrypted_site_does_not_start(site):
