@@ -364,7 +364,8 @@ def test_commands_of_the_operator_are_in_the_coordinators_trail(story):
     lines = [each["facts"] for each in json.loads(shown)["lines"] if each["event"] == "operator"]
     made = [(facts["call"], facts.get("site")) for facts in lines if "user" in facts]
     invited = [("invite", site) for site in FOUNDERS + LATER]
-    assert made == [("init", None), *invited, ("revoke", REVOKED), ("sign roster", None)]
+    founded = [("init", None), ("keystore encrypt", None)]
+    assert made == [*founded, *invited, ("revoke", REVOKED), ("sign roster", None)]
     assert {facts["call"] for facts in lines if "operator" in facts} == {"submit", "result"}
 
 
