@@ -54,13 +54,14 @@ from fedcore.audit.trail import OWN_FILES as AUDIT_FILES
 from fedcore.audit.trail import AuditTrail
 from fedcore.cli.console import ago
 from fedcore.errors import BadInput, MalformedMessage, Refused, StoreProblem, UnknownName
-from fedcore.files import write_json
+from fedcore.files import write_atomic, write_json
 from fedcore.files.disk import close_to_others
 from fedcore.identity.kit import Kit
 from fedcore.identity.peer import check_name, require_role
 from fedcore.identity.roster import ROSTER_KEY, PinnedRoster, RosterFile
 from fedcore.results import JobWait
 from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol import messages, schedule
 from fedcore.secagg.protocol.job.site.rounds import header_of
@@ -442,7 +443,7 @@ class Site:
         with contextlib.suppress(OSError):
             # The next start writes it again: a flush every second would wait in the middle of rounds.
             where = self.context.folder / STATUS_FILE
-            write_json(where, self.status(running=running), flush=False)
+            write_atomic(where, canonical(self.status(running=running)) + b"\n", flush=False)
 
 
 _REMEDIES = {

@@ -49,10 +49,10 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
-def write_json(path: Path, value: Any, *, flush: bool = True) -> None:
-    """Pretty JSON, written whole. flush: also after a power cut."""
+def write_json(path: Path, value: Any) -> None:
+    """Pretty JSON, written whole."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomic(path, text.encode(), flush=flush)
+    write_atomic(path, text.encode())
 
 
 def append_row(directory: Path, row: Mapping[str, object], name: str = ROUNDS_FILE) -> None:
