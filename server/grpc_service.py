@@ -16,7 +16,7 @@ from fedcore_server.coordinator import Coordinator
 from fedcore_server.operators_api import OperatorsApi
 from fedcore_server.sessions import Sessions
 from fedcore_server.site_api import SiteApi, Transfers
-from fedcore_server.tls import ServicerContext, address_of
+from fedcore_server.tls import ServicerContext
 
 from fedcore.errors import FedcoreError
 from fedcore.identity.peer import Peer
@@ -42,7 +42,7 @@ def handlers(hub: Coordinator) -> list[grpc.GenericRpcHandler]:
         requests: AsyncIterator[bytes], context: ServicerContext
     ) -> AsyncIterator[bytes]:
         async with door.open(calls.SESSION, context) as peer:
-            async for data in sites.session(peer, requests, address_of(context)):
+            async for data in sites.session(peer, requests, context.peer()):
                 yield data
 
     async def upload(requests: AsyncIterator[bytes], context: ServicerContext) -> bytes:

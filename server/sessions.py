@@ -18,7 +18,7 @@ from typing import Any
 
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.probes import Counts
-from fedcore_server.tls import Gate, ServicerContext, refuse
+from fedcore_server.tls import Gate, ServicerContext, address_of, refuse
 
 from fedcore.audit.lines import Fact
 from fedcore.audit.seldom import Seldom
@@ -56,12 +56,12 @@ EVICTED_GOODBYE = frames.Goodbye(EVICTED, "an operator sent this site away")
 class SiteSession:
     """One open session: the queue of its frames, and when it began. Times: seconds since 1970.
 
-    over: no more frames are queued; begun: its Hello was accepted; waiting: bytes in the queue. address: where it came
-    from; instance: of the site's process, random.
+    over: no more frames are queued; begun: its Hello was accepted; waiting: bytes in the queue. connection: the peer
+    of its call, as gRPC has it; instance: of the site's process, random.
     """
 
     peer: Peer
-    address: str = ""
+    connection: str = ""
     instance: bytes = b""
     out: asyncio.Queue[bytes | None] = field(default_factory=lambda: asyncio.Queue(MOST_FRAMES))
     since: float = field(default_factory=time.time)
@@ -73,6 +73,11 @@ class SiteSession:
     """What the site made of the newest roster, in words; empty where it took it."""
     _probes: dict[int, asyncio.Event] = field(default_factory=dict)
     """{number of a ping: its pong has come}."""
+
+    @property
+    def address(self) -> str:
+        """Where it comes from."""
+        return address_of(self.connection)
 
     def put(self, frame: frames.ToSite) -> None:
         """Queue a frame; a full queue ends the session."""
@@ -165,12 +170,25 @@ class Sessions:
                     check="roster",
                     remedy="ask the operator why: `fed-coordinator evict SITE --undo` lets it in again",
                 )
+            self._of_one_process(peer, call, context.peer())
             return peer
         except CertificateRefused as error:
             self.counts.refused += 1
             LOG.warning("%s: %s", call.name, error)
             self.refused(call.name, error, error.check)
             await refuse(context, error)
+
+    def _of_one_process(self, peer: Peer, call: calls.Call[Any, Any], connection: str) -> None:
+        """Raise CertificateRefused for a renewal that is not on the connection of the session that the site has: it is
+        of another process, and the certificate may be for a key of its own."""
+        session = self.open.get(SiteId(peer.name)) if call is calls.RENEW else None
+        if session is not None and session.connection != connection:
+            raise CertificateRefused(
+                f"site {peer.name!r}: found a call from {address_of(connection)} outside of its session from "
+                f"{session.address}, expected it on the same connection",
+                check="cloned",
+                remedy="one process to a site: stop one of them",
+            )
 
     def refused(self, call: str, error: Exception, word: str, peer: Peer | None = None) -> None:
         """Record a refused call: one of the same kind in a minute."""

@@ -140,14 +140,14 @@ class SiteApi:
         return sessions.welcome(self._hub.context)
 
     async def session(
-        self, peer: Peer, requests: AsyncIterator[bytes], address: str
+        self, peer: Peer, requests: AsyncIterator[bytes], connection: str
     ) -> AsyncIterator[bytes]:
-        """The serialised frames for one site, until its session ends. address: where it calls from."""
+        """The serialised frames for one site, until its session ends. connection: the call's peer, as gRPC has it."""
         name = SiteId(peer.name)
         if name in self._sessions.evicted:
             yield calls.SESSION.gives.pack(sessions.EVICTED_GOODBYE)
             return
-        session = SiteSession(peer, address)
+        session = SiteSession(peer, connection)
         self._sessions.last_peers[name] = peer
         reader = asyncio.get_running_loop().create_task(self._read(name, session, requests))
         try:

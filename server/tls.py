@@ -189,9 +189,9 @@ def peer_of_call(context: ServicerContext) -> Peer:
     return peer
 
 
-def address_of(context: ServicerContext) -> str:
-    """Where a call comes from: an address of IPv4 or IPv6 without its port; of a proxy, where there is one."""
-    found = unquote(context.peer()).partition(":")[2]
+def address_of(connection: str) -> str:
+    """The address of IPv4 or IPv6 in what gRPC calls the peer of a call; of a proxy, where there is one."""
+    found = unquote(connection).partition(":")[2]
     return printable(found.rpartition(":")[0].strip("[]"), 64)
 
 

@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import shutil
 
+import grpc.aio
 import pytest
 from fedcore_clients.config import read_config
-from fedcore_clients.session import open_channel
+from fedcore_clients.session import call_unary, open_channel
 from fedcore_clients.status import status_lines
 from fedcore_server.federation_views import sites_rows
 from fedcore_server.sessions import Sessions
@@ -21,10 +22,12 @@ from fedcore.audit.keys import SiteSigner
 from fedcore.audit.seldom import MOST
 from fedcore.audit.trail import AuditTrail
 from fedcore.errors import BadInput, Refused, StoreProblem
-from fedcore.identity.kit import Kit
+from fedcore.identity.join_messages import make_csr
+from fedcore.identity.kit import Kit, read_key
 from fedcore.results import JobSite
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.wire import calls, frames
+from fedcore.wire.refusals import told
 from tests.support.federations import new_federation, now
 from tests.support.live_sessions import coordinator, joined, recorded, site_process, until
 
@@ -103,6 +106,32 @@ def test_a_copy_is_refused_while_the_site_runs_and_both_are_told(files, va, tmp_
     assert (at_site["word"], at_site["address"]) == ("cloned", HERE)
     (at_copy,) = recorded(tmp_path / "copy" / "state", "refused")
     assert at_copy["word"] == "cloned" and "another process" in at_copy["text"]
+
+
+@pytest.mark.parametrize("rule", ["on", "off"])
+def test_a_copy_gets_no_certificate_while_the_site_runs(files, va, tmp_path, without, rule):
+    """It could be for a key of its own, and outlive the discovery."""
+    if rule == "off":
+        without(Sessions, _of_one_process=lambda *_: None)
+    asked = frames.RenewRequest(make_csr("va", read_key(va / "kit" / "key.pem")))
+
+    async def play():
+        async with coordinator(files, now, tmp_path), site_process(va) as (site, _):
+            await until(lambda: site.session.since)
+            config, kit = read_config(va / "site.toml"), Kit.load(va / "kit")
+            async with open_channel(kit, *config.addresses[0]) as channel:
+                try:
+                    found = await call_unary(channel, calls.RENEW, asked, 20)
+                except grpc.aio.AioRpcError as error:
+                    found = str(told(error.code().name, error.details()))
+            own = await site.session.ask(calls.RENEW, asked)
+            assert isinstance(own, frames.RenewReply), "control: the site itself"
+            if rule == "off":
+                assert isinstance(found, frames.RenewReply)
+            else:
+                assert f"a call from {HERE} outside of its session" in found
+
+    asyncio.run(play())
 
 
 def test_one_that_comes_again_and_again_fills_no_log_and_counts_each_time(

@@ -97,7 +97,7 @@ def test_call_that_cannot_be_recorded_is_not_made(hub):
 
 def test_session_has_its_certificate(hub):
     async def begin():
-        hub.sessions.begin("a", SiteSession(ANN, "10.0.0.7"))
+        hub.sessions.begin("a", SiteSession(ANN, "ipv4:10.0.0.7:40132"))
 
     asyncio.run(begin())
     about = {"site": "a", "word": "begins", "certificate": "ab" * 32, "serial": "1"}
