@@ -2,12 +2,13 @@
 
 Invariant: the parts are disjoint, together they are the whole, and none is empty.
 Source: label-skewed splits by a Dirichlet distribution, Hsu et al. 2019 (arXiv:1909.06335) s3;
-shards of sorted labels, McMahan et al. 2017 (arXiv:1602.05629) s3.
+shards of sorted labels, McMahan et al. 2017 (arXiv:1602.05629) s3; sizes by a Dirichlet distribution, Li et al. 2022
+(arXiv:2102.02079) s4.
 """
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from fedcore.learning.data.kinds import (
 )
 from fedcore.learning.data.rows import ArrayRows, DatasetRows, TableRows
 
-WAYS = ("iid", "dirichlet", "label")
+WAYS = ("iid", "dirichlet", "label", "quantity", "features")
+
+_BY_ALPHA, _BY_LABELS = ("dirichlet", "quantity"), ("dirichlet", "label")
 
 SHARDS_PER_SITE = 2
 """McMahan et al. 2017 s3: two shards of sorted labels per site, so most sites see two classes."""
@@ -47,25 +50,27 @@ def split(
         `Task(data=lambda part: part)` or a reader.
     by: "iid" deals at random; "dirichlet" draws for every class how it is spread over the sites
         from Dirichlet(alpha): small alpha, one-sided sites; "label" sorts by class and gives each
-        site two shards.
+        site two shards; "quantity" deals at random, in sizes drawn from Dirichlet(alpha); "features" sorts rows of
+        arrays along the direction in which they differ most (the first principal component), so that each site
+        has another range of inputs.
 
     Raises BadInput when `n` parts cannot all have a row, or labels are wanted and there are none.
     """
     if by not in WAYS:
         raise UnknownName("split(by=...)", str(by), WAYS)
-    if by == "dirichlet" and not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
+    if by in _BY_ALPHA and not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
         raise BadInput(
-            f"split(by='dirichlet'): found alpha={alpha!r}, expected a number above 0",
+            f"split(by={by!r}): found alpha={alpha!r}, expected a number above 0",
             remedy="alpha=0.5 is skewed, alpha=100 nearly even",
         )
-    if by != "dirichlet" and alpha is not None:
+    if by not in _BY_ALPHA and alpha is not None:
         raise BadInput(
             f"split(by={by!r}): found alpha={alpha!r}, expected none",
-            remedy="alpha belongs to by='dirichlet'",
+            remedy="alpha belongs to by='dirichlet' and by='quantity'",
         )
     n = operator.index(n)
-    rows, labels, take = _opened(dataset, label, wanted=by != "iid")
-    if by != "iid" and labels is None:
+    rows, labels, take = _opened(dataset, label, wanted=by in _BY_LABELS)
+    if by in _BY_LABELS and labels is None:
         raise BadInput(
             "split: found no class labels, expected one class 0, 1, 2, ... per row",
             remedy='by="iid" needs none',
@@ -78,11 +83,15 @@ def split(
             remedy="every site needs rows of its own",
         )
     generator = np.random.default_rng(seed)
-    if labels is None:
+    parts: Sequence[NDArray[np.integer]]
+    if by == "features":
+        parts = np.array_split(_along_first_component(dataset), n)
+    elif by == "quantity":
+        parts = _dirichlet(np.zeros(rows, dtype=np.int64), n, float(alpha or 0), generator)
+    elif labels is None:
         parts = np.array_split(generator.permutation(rows), n)
     elif by == "dirichlet":
-        assert alpha is not None
-        parts = _dirichlet(labels, n, float(alpha), generator)
+        parts = _dirichlet(labels, n, float(alpha or 0), generator)
     else:
         parts = _shards(labels, n, generator)
     width = max(2, len(str(n)))
@@ -201,6 +210,19 @@ def _dirichlet(
         if not part:
             part.append(max(parts, key=len).pop())
     return [np.array(part, dtype=np.int64) for part in parts]
+
+
+def _along_first_component(dataset: Any) -> NDArray[np.int64]:
+    """The rows of `(X, y)` in their order along the first principal component of X; equal ones as they were."""
+    if not isinstance(dataset, (tuple, list)):
+        raise BadInput(
+            f"split(by='features'): found {type(dataset).__name__}, expected arrays (X, y)",
+            remedy="fedcore.group cuts a frame at a column, which says more",
+        )
+    x = np.asarray(dataset[0], dtype=np.float64).reshape(len(dataset[0]), -1)
+    centred = x - x.mean(axis=0)
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    return np.argsort(centred @ vectors[:, -1], kind="stable").astype(np.int64)
 
 
 def _shards(labels: Indices, n: int, generator: np.random.Generator) -> list[NDArray[np.int64]]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -20,13 +22,14 @@ def numbered(labels):
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=80),
     st.integers(1, 12),
-    st.sampled_from(["iid", "dirichlet", "label"]),
+    st.sampled_from(["iid", "dirichlet", "label", "quantity", "features"]),
     st.floats(1e-3, 100),
     st.integers(0, 1000),
 )
 def test_parts_are_disjoint_cover_and_hold_something(labels, n, by, alpha, seed):
     assume(len(labels) >= (2 * n if by == "label" else n))
-    parts = split(numbered(labels), n, by=by, alpha=alpha if by == "dirichlet" else None, seed=seed)
+    drawn = alpha if by in {"dirichlet", "quantity"} else None
+    parts = split(numbered(labels), n, by=by, alpha=drawn, seed=seed)
     assert list(parts) == [f"site-{i + 1:02d}" for i in range(n)]
     assert all(len(x) for x, _ in parts.values())
     assert sorted(int(i) for x, _ in parts.values() for i in x[:, 0]) == list(range(len(labels)))
@@ -51,6 +54,24 @@ def test_small_alpha_is_one_sided_and_large_alpha_even():
 
     assert spread(0.1) > 0.2
     assert spread(1000) < 0.05
+
+
+def test_quantity_gives_sizes_that_differ_and_classes_that_do_not():
+    parts = split(numbered([0, 1] * 500), 4, by="quantity", alpha=0.5, seed=1)
+    sizes = sorted(len(y) for _, y in parts.values())
+    assert sizes[-1] > 5 * sizes[0]
+    assert all(abs(np.mean(y) - 0.5) < 0.1 for _, y in parts.values() if len(y) > 200)
+
+
+def test_features_gives_each_site_a_range_of_inputs_of_its_own():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(120, 3)) * [0.1, 0.1, 5.0]
+    parts = split((x, random.integers(0, 2, 120)), 3, by="features")
+    ranges = sorted((part[:, 2].min(), part[:, 2].max()) for part, _ in parts.values())
+    assert all(high < low + 0.2 for (_, high), (low, _) in pairwise(ranges))
+    with pytest.raises(BadInput, match="expected arrays") as refused:
+        split(TensorDataset(torch.zeros(6, 2)), 3, by="features")
+    assert "fedcore.group" in refused.value.remedy
 
 
 def test_label_shards_show_few_classes():
