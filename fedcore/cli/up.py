@@ -254,7 +254,7 @@ def _finish(
     kept = directory / "model.safetensors"
     if model is not None and not equal:
         kept.rename(model.with_name("simulated-model.safetensors"))
-    if model is not None and not (equal and prepared.job.round.buffers == "local"):
+    if model is not None and not (equal and prepared.of_sites):
         model.replace(kept)
     write_report(directory)
     return Run(directory, prepared.task)
