@@ -162,6 +162,22 @@ def refuse_training(plan: TrainPlan, unchanged: Mapping[str, object]) -> None:
             )
 
 
+LEAST_THRESHOLD = 4
+"""Of two blocks made of one update: a site of a sum of 4 knows its own, and two equations about three others."""
+
+
+def refuse_threshold(threshold: int, sites: int) -> None:
+    """Raise PlanRefused for a threshold at which two blocks let one site work out the updates of the others."""
+    if threshold < LEAST_THRESHOLD:
+        more = "more sites" if sites < LEAST_THRESHOLD else f"`--threshold {LEAST_THRESHOLD}`"
+        raise PlanRefused(
+            f"protect.threshold: found {threshold} of {sites} sites with an algorithm that sends two blocks, expected "
+            f"at least {LEAST_THRESHOLD}: a sum of {threshold} is two equations about the updates of {threshold - 1} "
+            "others",
+            remedy=f"{more}, or an algorithm that sends the update alone: feddyn (docs/algorithms.md)",
+        )
+
+
 def refuse_own_train(name: str, task: str) -> None:
     """Raise BadInput for a task that trains by itself under an algorithm, by its name, that changes gradients."""
     if algorithm_of(name).own_loop:

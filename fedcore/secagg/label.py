@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fedcore.secagg.algorithms import keeps_of
+from fedcore.secagg.algorithms import algorithm_of, keeps_of, refuse_threshold
 from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
 from fedcore.secagg.protections import MIN_SITES, Protection, refuse_roster
 from fedcore.secagg.purposes import leaving
@@ -29,6 +29,10 @@ _PROTECTS, _PROTECTS_NOT = "Protects against: ", "Does not protect against: "
 _PUBLIC = "It learns the metrics of each release over all its sites: the plan makes them public."
 _GIVEN = "of the models only the last one, which the plan gives it"
 _STREAMS = "What travels is encrypted by AES-256 streams of a secret that all sites share."
+_TWO_BLOCKS = (
+    "The algorithm sends two blocks that are made of one update, so a sum is two equations about the same updates: an "
+    "update is hidden among one site fewer than by another algorithm, which is counted above."
+)
 _TWO_SITES = "of two sites in a sum, each can work out the other's update"
 
 
@@ -40,7 +44,9 @@ class Terms:
     cipher: of `encrypted` and `layered`. release: who gets the last model, "sites" or "coordinator".
     statistics: how tables are scaled: by their declared ranges ("ranges", nothing travels), or by sums
     over all sites ("federated"). single_site_features: whether a feature that fewer than 3 sites have is
-    taken. Raises PlanRefused for a threshold outside (n/2, n], or a roster the protection does not take.
+    taken. second_block: whether a vector holds another combination of what the update was made of, so that a sum is two
+    equations about the same updates. Raises PlanRefused for a threshold outside (n/2, n], or a roster the protection
+    does not take, and as `algorithms.refuse_threshold`.
     """
 
     protection: str
@@ -51,12 +57,15 @@ class Terms:
     release: str = "sites"
     statistics: str = "ranges"
     single_site_features: bool = False
+    second_block: bool = False
 
     def __post_init__(self) -> None:
         refuse_roster(self.count, self.protection)
         if not self.threshold:
             object.__setattr__(self, "threshold", default_threshold(self.count))
         check_threshold(self.threshold, self.count)
+        if self.second_block and self.layers.protects:
+            refuse_threshold(self.threshold, self.count)
 
     @property
     def layers(self) -> Protection:
@@ -73,7 +82,7 @@ class Terms:
         return cls(
             protection=plan.protection, sites=plan.sites, threshold=plan.threshold, cipher=plan.cipher,
             public_metrics=plan.public_metrics, release=plan.release,
-            statistics=plan.standardise,
+            statistics=plan.standardise, second_block=len(plan.blocks) > 1,
         )  # fmt: skip
 
     @classmethod
@@ -86,6 +95,7 @@ class Terms:
             cipher=protect.cipher,
             public_metrics=job.track.public_metrics, release=protect.release,
             statistics=job.train.standardise, single_site_features=protect.single_site_features,
+            second_block=bool(algorithm_of(job.train.algorithm).second_block),
         )  # fmt: skip
 
 
@@ -107,14 +117,14 @@ class Collusion:
 def collusion(terms: Terms) -> Collusion:
     """The figures of a plan's terms: for the smallest sum they permit, of `threshold` survivors."""
     sites, threshold = terms.count, terms.threshold
-    absences = sites - threshold
+    absences, more = sites - threshold, int(terms.second_block)
     if not terms.layers.protects:
         return Collusion(0, 0, absences, 1)
     if not terms.layers.masks:
-        return Collusion(0, 0, absences, threshold)
-    curious = threshold - 2
+        return Collusion(0, 0, absences, threshold - more)
+    curious = threshold - 2 - more
     active = min(2 * threshold - sites - 1, curious)
-    return Collusion(active, curious, absences, threshold - active)
+    return Collusion(active, curious, absences, threshold - active - more)
 
 
 def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
@@ -128,6 +138,8 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
         lines[-1] += f" {_STREAMS}"
     if terms.public_metrics:
         lines[0] += f" {_PUBLIC}"
+    if terms.second_block and layers.protects:
+        lines[-1] += f" {_TWO_BLOCKS}"
     lines += _statistics(terms, few_sites)
     lines.append(
         "Not bounded by any of this: what the released model itself reveals about training rows; what a "

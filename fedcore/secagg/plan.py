@@ -324,6 +324,8 @@ class RoundPlan:
             self._check_names()
         protections.refuse_release(self.release, self.protection)
         algorithms.refuse_server(self.train, self.server)
+        if len(self.blocks) > 1 and self.layers.protects:
+            algorithms.refuse_threshold(self.threshold, len(self.sites))
         if self.standardise not in STANDARDISE:
             raise UnknownName("train.standardise", self.standardise, STANDARDISE)
 

@@ -24,8 +24,8 @@ def data(name):
 task = Task(name="lines", data=data, model=lambda: nn.Linear(3, 1), loss=nn.MSELoss(), metrics=("rmse",))
 """
 SETTINGS = {
-    "protection": "encrypted", "rounds": 4, "max_examples": 32, "lr": 0.05, "epochs": 2, "batch_size": 8,
-    "resamples": 0, "arms": ("federated",),
+    "protection": "encrypted", "threshold": 4, "rounds": 4, "max_examples": 32, "lr": 0.05, "epochs": 2,
+    "batch_size": 8, "resamples": 0, "arms": ("federated",),
 }  # fmt: skip
 SOURCES = {name: name for name in SITES}
 KEEPING = {

@@ -303,7 +303,7 @@ def test_a_task_that_is_not_allowed_here_is_not_loaded(site):
 
 
 def test_a_second_block_is_on_the_list_and_what_is_kept_is_not():
-    plan = plan_for("masked", train=TrainPlan(algorithm="scaffold"), parameters=50_000)
+    plan = plan_for("masked", train=TrainPlan(algorithm="scaffold"), parameters=50_000, threshold=4)
     found = listed(plan)
     blocks = [part for part in found["update"].parts if part.name.startswith("coordinates")]
     assert [part.name for part in blocks] == [

@@ -20,14 +20,16 @@ from fedcore.files import read_json
 from fedcore.learning.kept import KeptValues
 from fedcore.learning.model import FlatModel
 from fedcore.learning.rules import RULES
+from fedcore.learning.rules.control_variates import scale
 from fedcore.learning.saved import checkpoint_bytes, load_model, read_checkpoint
 from fedcore.learning.state import JobState
 from fedcore.learning.task import Task
 from fedcore.secagg.algorithms import ALGORITHMS
+from fedcore.secagg.label import Terms, collusion, label_of
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protections import PROTECTIONS
 
-ROWS = {"a": 40, "b": 24, "c": 16}
+ROWS = {"a": 40, "b": 24, "c": 16, "d": 30}
 CAP, LR, EPOCHS, ROUNDS = 64, 0.05, 3, 5
 WEIGHTS = {
     name: 2 * round(rows * 4 / 5 / 2) for name, rows in ROWS.items()
@@ -37,6 +39,7 @@ PLAN_FIELDS = {each.name for each in fields(RoundPlan)} | {"version", "inputs"}
 USUAL = {
     "protection": "plain", "arms": ("federated_float", "federated"), "resamples": 0, "lr": LR,
     "epochs": EPOCHS, "batch_size": CAP, "rounds": ROUNDS, "max_examples": CAP, "bits": 20,
+    "range": 4.0, "adaptive_range": False,
 }  # fmt: skip
 
 
@@ -121,6 +124,27 @@ def fedprox(w, sites, share):
     )
 
 
+class Server:
+    """A server optimiser of Reddi et al. 2021, algorithm 2, with Adam's bias correction; FedAvgM without moments."""
+
+    def __init__(self, second=None, rate=0.1, corrected=True):
+        self.second, self.rate, self.corrected = second, rate, corrected
+        self.m, self.v, self.t = np.zeros(4), np.zeros(4), 0
+
+    def __call__(self, w, sites, share):
+        step = fedavg(w, sites, share) - w
+        self.t += 1
+        if self.second is None:
+            self.m = 0.9 * self.m + step
+            return w + self.m
+        self.m = 0.9 * self.m + 0.1 * step
+        self.v = self.second(self.v, step**2)
+        m, v = self.m, self.v
+        if self.corrected:
+            m, v = m / (1 - 0.9**self.t), v / (1 - 0.99**self.t)
+        return w + self.rate * m / (np.sqrt(v) + 0.001)
+
+
 class Scaffold:
     def __init__(self):
         self.control = np.zeros(4)
@@ -177,12 +201,25 @@ def ditto(w, sites, share):
 CASES = {
     "averaging": (lambda: fedavg, {}),
     "fedprox": (lambda: fedprox, {"proximal_mu": 0.5}),
+    "fedavgm": (Server, {"server": "fedavgm"}),
+    "fedadam": (
+        lambda: Server(lambda v, square: 0.99 * v + 0.01 * square),
+        {"server": "fedadam", "server_lr": 0.1},
+    ),
+    "fedyogi": (
+        lambda: Server(lambda v, square: v - 0.01 * square * np.sign(v - square)),
+        {"server": "fedyogi", "server_lr": 0.1},
+    ),
+    "fedadagrad": (
+        lambda: Server(lambda v, square: v + square, 1.0, corrected=False),
+        {"server": "fedadagrad", "server_lr": 1.0},
+    ),
     "scaffold": (Scaffold, {"algorithm": "scaffold"}),
     "feddyn": (FedDyn, {"algorithm": "feddyn", "feddyn_alpha": 0.3}),
     "ditto": (lambda: ditto, {"algorithm": "ditto", "ditto_lambda": 0.7}),
     "layers that stay": (lambda: with_own_bias, {"local_parameters": ("bias",)}),
 }
-KEEPING = [name for name in CASES if name not in {"averaging", "fedprox"}]
+KEEPING = ["scaffold", "feddyn", "ditto", "layers that stay"]
 
 
 @pytest.mark.parametrize("absent", [(), ((2, "b"), (4, "c"))], ids=["all present", "absences"])
@@ -191,7 +228,7 @@ def test_it_is_what_its_paper_has(case, absent):
     """The float arm up to float32, the protected one up to the quantiser's step."""
     make, settings = CASES[case]
     drop = tuple(f"{k}:submit:{name}" for k, name in absent)
-    found = trained(drop=drop, threshold=2, **settings)
+    found = trained(drop=drop, threshold=3, **settings)
     whole, sites = reimplemented(found, make(), frozenset(absent))
     expected = whole[: found.prepared.plan.parameters]
     assert np.abs(expected - found.federation.sites[0].initial).max() > 0.3  # something was learnt
@@ -222,7 +259,13 @@ def test_every_algorithm_has_a_case_and_rules():
 def test_every_protection_gives_the_same_model(case):
     models = set()
     for protection in PROTECTIONS:
-        usual = {"protection": protection, "rounds": 2, "arms": ("federated",), "bits": 16}
+        usual = {
+            "protection": protection,
+            "threshold": 4,
+            "rounds": 2,
+            "arms": ("federated",),
+            "bits": 16,
+        }
         found = trained(**usual | CASES[case][1]).federated
         models.add((found.state.model_sha256, *found.models()[:2]))
     assert len(models) == 1
@@ -230,7 +273,7 @@ def test_every_protection_gives_the_same_model(case):
 
 @pytest.mark.parametrize("case", KEEPING)
 def test_an_interrupted_run_goes_on_to_the_same_model(case):
-    settings = {**CASES[case][1], "drop": ("2:submit:b",), "threshold": 2}
+    settings = {**CASES[case][1], "drop": ("2:submit:b",), "threshold": 3}
     whole = trained(**settings)
     first, second = (experiment(**settings) for _ in range(2))
     rows = first.rounds()
@@ -259,9 +302,9 @@ def test_what_is_kept_is_that_of_the_last_sum_with_the_site():
 
 
 def test_a_state_says_in_whose_sums_a_site_was():
-    found = trained(drop=("2:submit:b", "5:submit:c"), threshold=2, algorithm="feddyn")
+    found = trained(drop=("2:submit:b", "5:submit:c"), threshold=3, algorithm="feddyn")
     state = found.federation.state
-    assert state.summed == {"a": 5, "b": 5, "c": 4}
+    assert state.summed == {"a": 5, "b": 5, "c": 4, "d": 5}
     assert JobState.from_bytes(state.to_bytes()).summed == state.summed
     assert replace(state, summed={}).canonical() != state.canonical()
     assert not trained(rounds=1).federation.state.summed
@@ -378,3 +421,35 @@ def test_the_guard_judges_with_what_stays_at_the_site():
         assert guard.local.tolist() == site.kept_at(found.federated.state)["local"].tolist()
         guard.flat.write(found.federated.state.server.model)
         assert guard.local.tolist() != guard.flat.read_local().tolist()
+
+
+def test_a_second_block_is_a_second_equation_about_the_same_updates():
+    """The attack that the threshold is for: of a sum of three sites, one works out the updates of both others."""
+    found = experiment(arms=("federated",), algorithm="scaffold", batch_size=8)
+    plan, sites = found.prepared.plan, found.federation.sites[1:]
+    state = JobState.initial(plan, sites[0].initial)
+    sent = [site.train(plan, state, 1).astype(np.float64) for site in sites]
+    steps, weights = (
+        [site.report.steps for site in sites],
+        [WEIGHTS[site.site.id] for site in sites],
+    )
+    # What b sees of the sum without itself, and what it can count or guess of the others' rows:
+    first, second = sum(w * s for w, s in zip(weights[1:], sent[1:], strict=True)).reshape(2, 4)
+    per_step = [-w * scale(plan, 1) / (k * LR) for w, k in zip(weights[1:], steps[1:], strict=True)]
+    solved = np.linalg.solve([weights[1:], per_step], [first, second])
+    np.testing.assert_allclose(solved, [each[:4] for each in sent[1:]], atol=1e-3)
+
+
+@pytest.mark.parametrize("protection", ["encrypted", "masked", "layered"])
+def test_scaffold_needs_a_threshold_of_4_and_its_label_counts_the_second_equation(protection):
+    settings = {"algorithm": "scaffold", "protection": protection}
+    with pytest.raises(PlanRefused, match=r"found 3 of 4 sites .* two equations") as refused:
+        Terms.of_job(build_job(settings), 4)
+    assert "--threshold 4" in refused.value.remedy and "feddyn" in refused.value.remedy
+    with pytest.raises(PlanRefused, match="two equations"):
+        prepare(*job_for(task(), USUAL | settings))
+    terms = Terms.of_job(build_job(settings | {"threshold": 6}), 8)
+    usual = replace(terms, second_block=False)
+    assert collusion(usual).hidden_among - collusion(terms).hidden_among <= 1
+    assert collusion(terms).curious == max(0, collusion(usual).curious - 1)
+    assert "two equations" in label_of(terms) and "two equations" not in label_of(usual)
