@@ -8,11 +8,13 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from fedcore.errors import BadInput, UnknownName
@@ -42,8 +44,8 @@ class Optimiser(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-class Sgd:
-    """`torch.optim.SGD` by its functional form, with the same bits and the same saved state.
+class _Functional:
+    """A class of `torch.optim` by its functional form, with the same bits and the same saved state.
 
     The first object of a `torch.optim` class imports torch's compiler: 2 s of CPU and 800 modules in every
     process that trains.
@@ -51,7 +53,6 @@ class Sgd:
 
     def __init__(self, parameters: Sequence[nn.Parameter], plan: TrainPlan) -> None:
         self._parameters, self._plan = list(parameters), plan
-        self._momenta: list[Tensor | None] = [None] * len(self._parameters)
         self.param_groups: list[dict[str, Any]] = [{"lr": plan.lr}]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -61,9 +62,21 @@ class Sgd:
             elif parameter.grad is not None:
                 parameter.grad.zero_()
 
+    def _used(self) -> list[tuple[int, nn.Parameter, Tensor]]:
+        """Number, parameter and gradient of those that have one."""
+        return [(i, p, p.grad) for i, p in enumerate(self._parameters) if p.grad is not None]
+
+
+class Sgd(_Functional):
+    """`torch.optim.SGD`."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], plan: TrainPlan) -> None:
+        super().__init__(parameters, plan)
+        self._momenta: list[Tensor | None] = [None] * len(self._parameters)
+
     @torch.no_grad()
     def step(self) -> None:
-        used = [(i, p, p.grad) for i, p in enumerate(self._parameters) if p.grad is not None]
+        used = self._used()
         momenta = [self._momenta[i] for i, _, _ in used]
         gradients = [gradient for _, _, gradient in used]
         sgd(
@@ -85,14 +98,58 @@ class Sgd:
             self._momenta[i] = None if momentum is None else momentum.to(device, copy=True)
 
 
+class Adam(_Functional):
+    """`torch.optim.Adam`, and with `decoupled` weight decay `torch.optim.AdamW`."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], plan: TrainPlan, *, decoupled: bool = False
+    ) -> None:
+        super().__init__(parameters, plan)
+        self._decoupled = decoupled
+        self._moments: dict[int, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        used = self._used()
+        if any(gradient.is_sparse for _, _, gradient in used):
+            raise RuntimeError(
+                "Adam does not support sparse gradients, please consider SparseAdam instead"
+            )
+        for i, parameter, _ in used:
+            if i not in self._moments:
+                first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                step = torch.tensor(0.0, dtype=torch.float32)
+                self._moments[i] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        found = [self._moments[i] for i, _, _ in used]
+        adam(
+            [p for _, p, _ in used], [gradient for _, _, gradient in used],
+            [each["exp_avg"] for each in found], [each["exp_avg_sq"] for each in found], [],
+            [each["step"] for each in found],
+            has_complex=any(torch.is_complex(p) for _, p, _ in used),
+            decoupled_weight_decay=self._decoupled, weight_decay=self._plan.weight_decay,
+            lr=self.param_groups[0]["lr"],
+            amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, maximize=False,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": {i: dict(each) for i, each in self._moments.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._moments = {
+            i: {
+                name: value.clone()
+                if name == "step"
+                else value.to(self._parameters[i].device, copy=True)
+                for name, value in saved.items()
+            }
+            for i, saved in state_dict["state"].items()
+        }
+
+
 OPTIMISERS: dict[str, Callable[[Any, TrainPlan], Optimiser]] = {
     "sgd": Sgd,
-    "adam": lambda parameters, plan: torch.optim.Adam(
-        parameters, lr=plan.lr, weight_decay=plan.weight_decay
-    ),
-    "adamw": lambda parameters, plan: torch.optim.AdamW(
-        parameters, lr=plan.lr, weight_decay=plan.weight_decay
-    ),
+    "adam": Adam,
+    "adamw": partial(Adam, decoupled=True),
 }
 """adamw: weight decay apart from the gradient (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2)."""
 

@@ -17,7 +17,7 @@ from fedcore.learning.data.rows import ArrayRows, DatasetRows
 from fedcore.learning.model import FlatModel, build_model
 from fedcore.learning.scoring import probe, score
 from fedcore.learning.task import Task
-from fedcore.learning.training import Sgd
+from fedcore.learning.training import make_optimiser
 from fedcore.secagg.plan import TrainPlan
 
 local_train = partial(training.local_train, rounds=4)
@@ -47,19 +47,34 @@ def trained(plan, *, make=lambda: nn.Linear(3, 2), seed=0, round_=1, site="a", c
     return FlatModel(module).read(), report
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+CLASSES = {
+    "sgd": lambda parameters, plan: torch.optim.SGD(
+        parameters, lr=0.1, momentum=plan.momentum, weight_decay=plan.weight_decay
+    ),
+    "adam": lambda parameters, plan: torch.optim.Adam(
+        parameters, lr=0.1, weight_decay=plan.weight_decay
+    ),
+    "adamw": lambda parameters, plan: torch.optim.AdamW(
+        parameters, lr=0.1, weight_decay=plan.weight_decay
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0), ("adamw", 0.0)]
+)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-def test_sgd_has_the_bits_and_the_saved_state_of_torchs_class(momentum, weight_decay):
+def test_an_optimiser_has_the_bits_and_the_saved_state_of_torchs_class(
+    name, momentum, weight_decay
+):
     """Of two layers one has no gradient in every second step; the state is loaded in the middle, from either."""
-    plan = TrainPlan(lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    plan = TrainPlan(optimiser=name, lr=0.1, momentum=momentum, weight_decay=weight_decay)
 
     def theirs(module):
-        return torch.optim.SGD(
-            module.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay
-        )
+        return CLASSES[name](module.parameters(), plan)
 
     def ours(module):
-        return Sgd(list(module.parameters()), plan)
+        return make_optimiser(module, plan)
 
     def models(before, after):
         module = build_model(
@@ -89,17 +104,18 @@ def test_training_does_not_load_torchs_compiler():
     """It takes as long to load as torch itself, in every process that trains."""
     code = (
         "import sys, torch\n"
-        "from fedcore.learning.training import make_optimiser\n"
+        "from fedcore.learning.training import OPTIMISERS, make_optimiser\n"
         "from fedcore.secagg.plan import TrainPlan\n"
-        "module = torch.nn.Linear(3, 1)\n"
-        "optimiser = make_optimiser(module, TrainPlan())\n"
-        "module(torch.ones(2, 3)).sum().backward()\n"
-        "optimiser.step()\n"
-        "optimiser.zero_grad(set_to_none=True)\n"
-        "print('torch._dynamo' in sys.modules)\n"
+        "for name in OPTIMISERS:\n"
+        "    module = torch.nn.Linear(3, 1)\n"
+        "    optimiser = make_optimiser(module, TrainPlan(optimiser=name))\n"
+        "    module(torch.ones(2, 3)).sum().backward()\n"
+        "    optimiser.step()\n"
+        "    optimiser.zero_grad(set_to_none=True)\n"
+        "    print(name, 'torch._dynamo' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
+    assert done.stdout == "sgd False\nadam False\nadamw False\n", done.stderr
 
 
 def test_one_epoch_is_the_textbook_loop():
