@@ -5,11 +5,11 @@ versions, and `requirements/` has their hashes. So is Fedcore itself, except for
 """
 
 import ast
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 
 OURS = ("fedcore", "fedcore_clients", "fedcore_server")
@@ -28,6 +28,7 @@ def files_of(home: str, modules: Iterable[str]) -> list[tuple[str, Path]]:
     whatever the file is called: the same on every machine. Two files may have one name.
     """
     found: dict[Path, str] = {}
+    packages: dict[str, list[tuple[str, Path]]] = {}  # most files import the same few
     queue = [*_loaded(home, anywhere=True)]
     queue += [each for name in modules for each in _loaded(name)]
     while queue:
@@ -35,8 +36,10 @@ def files_of(home: str, modules: Iterable[str]) -> list[tuple[str, Path]]:
         if path not in found:
             found[path] = name
             inside = name.startswith("fedcore/")
-            tops = frozenset[str]() if inside else _imported(path.read_bytes())
-            queue += [each for top in tops for each in _package(top)]
+            for top in frozenset[str]() if inside else _imported(path.read_bytes()):
+                if top not in packages:
+                    packages[top] = [*_package(top)]
+                queue += [each for each in packages[top] if each[1] not in found]
     return [(name, path) for path, name in found.items()]
 
 
@@ -74,17 +77,25 @@ def _is_local(path: Path) -> bool:
     return path.exists() and not {"site-packages", "dist-packages"} & set(path.parts)
 
 
-@lru_cache(maxsize=256)
+_IMPORTED: dict[bytes, frozenset[str]] = {}
+"""By the hash of a file's content: a digest reads every file, and a run takes two digests."""
+
+
 def _imported(source: bytes) -> frozenset[str]:
     """The top-level names that a file of this content imports, wherever in it."""
-    found = set[str]()
+    content = hashlib.sha256(source).digest()
+    if content not in _IMPORTED:
+        _IMPORTED[content] = frozenset(_imports(source))
+    return _IMPORTED[content]
+
+
+def _imports(source: bytes) -> Iterator[str]:
     try:
         tree = ast.parse(source)
     except SyntaxError:  # a template in a package: nothing imports it
-        return frozenset()
+        return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {each.name.partition(".")[0] for each in node.names}
+            yield from (each.name.partition(".")[0] for each in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
-    return frozenset(found)
+            yield node.module.partition(".")[0]
