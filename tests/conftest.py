@@ -124,6 +124,12 @@ def pytest_collection():
         gc.enable()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """A test process of xdist is not told how tests are dealt; its collection is the order in which they are."""
+    node.workerinput["dealt"] = node.config.option.dist
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     """Leave out short forms of slow tests that run; whole files to a process: begin with the longest."""
@@ -131,7 +137,7 @@ def pytest_collection_modifyitems(config, items):
         brief = [item for item in items if item.get_closest_marker("brief")]
         config.hook.pytest_deselected(items=brief)
         items[:] = [item for item in items if item not in brief]
-    if getattr(config.option, "dist", "no") == "loadfile":
+    if getattr(config, "workerinput", {}).get("dealt") == "loadfile":
         place = {name: number for number, name in enumerate(LONGEST)}
         items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
