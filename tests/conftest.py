@@ -6,6 +6,7 @@ Set before anything imports torch or numpy, and inherited by the commands that t
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
 import sys
@@ -61,25 +62,22 @@ if in_memory("/dev/shm"):
 
 
 @pytest.fixture
-def without(monkeypatch):
-    """without(owner, "check_a", check_b=other): for the rest of the test, its positive control, these functions
-    of a module, class or object do nothing, or what stands in for them.
+def stand_in(monkeypatch):
+    """stand_in(owner, check_a=other): for the rest of the test, `other` runs where this function of a module (or its
+    name), class or object is called.
 
     Of a machine's package every module that uses the function is patched (support/machines.py). The test
-    fails if a function of that name is never called after that: a control that does not get as far as the
-    check shows nothing.
+    fails if what stands in is never called: a test that does not get as far as that shows nothing.
     """
     from support.machines import patch_machine
 
     uncalled = set()
 
-    def nothing(*_, **__):
-        pass
-
-    def switch_off(owner, *names, **others):
+    def replace(owner, **others):
+        owner = importlib.import_module(owner) if isinstance(owner, str) else owner
         machine = isinstance(owner, types.ModuleType) and hasattr(owner, "__path__")
         patch = partial(patch_machine, monkeypatch) if machine else monkeypatch.setattr
-        for name, other in (dict.fromkeys(names, nothing) | others).items():
+        for name, other in others.items():
 
             def called(*args, name=name, other=other, **more):
                 uncalled.discard(name)
@@ -88,8 +86,19 @@ def without(monkeypatch):
             uncalled.add(name)
             patch(owner, name, called)
 
-    yield switch_off
-    assert not uncalled, f"switched off, and never called: {sorted(uncalled)}"
+    yield replace
+    assert not uncalled, f"replaced, and never called: {sorted(uncalled)}"
+
+
+@pytest.fixture
+def without(stand_in):
+    """without(owner, "check_a", check_b=other): `stand_in` for a test's positive control, in which these
+    functions do nothing."""
+
+    def switch_off(owner, *names, **others):
+        stand_in(owner, **dict.fromkeys(names, lambda *_, **__: None) | others)
+
+    return switch_off
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.by_request import lying, one_round, run_of, said
 
 from fedcore.errors import Abandoned, RoundAbandoned
 from fedcore.secagg.crypto.identity_key import IdentityKey
@@ -13,7 +14,6 @@ from fedcore.secagg.protocol.messages import sign
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.secagg.scheme import EpochSecrets
 from fedcore.store import container
-from tests.support.by_request import lying, one_round, run_of, said
 
 
 def begun(change, **terms):
@@ -170,7 +170,7 @@ def test_a_site_that_gives_another_sum_than_was_released_is_not_believed():
     assert first[:2] == ["va", "oslo"]
 
 
-def test_a_vector_of_malformed_chunks_is_left_out_and_the_sum_of_the_others_is_exact(monkeypatch):
+def test_a_vector_of_malformed_chunks_is_left_out_and_the_sum_of_the_others_is_exact(stand_in):
     real = EpochSecrets.protect
 
     def protect(self, slots, layout, asked, site, entropy):
@@ -179,7 +179,7 @@ def test_a_vector_of_malformed_chunks_is_left_out_and_the_sum_of_the_others_is_e
             chunks = [bytes([255]) * len(chunk) for chunk in chunks]
         return chunks, salt
 
-    monkeypatch.setattr(EpochSecrets, "protect", protect)
+    stand_in(EpochSecrets, protect=protect)
     run, _, content = run_of(protection="layered")
     run.begin()
     found = one_round(run)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from support.flower_grid import NAMES, grid_of
 
 from fedcore.secagg import protections
 from fedcore.secagg.by_request.requests import BODY, RECORD, STYPE, Request
@@ -22,7 +23,6 @@ from fedcore.secagg.plan import canonical
 from fedcore.secagg.protocol.messages import Confirmations, sign
 from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.store import container
-from tests.support.flower_grid import NAMES, grid_of
 from tests.unit.clients.test_flower import app_of, record, secure
 
 NODES = dict(zip(NAMES, range(100, 104), strict=True))

@@ -19,14 +19,14 @@ FIRST_RANGE_UP = 4.0
 
 
 @pytest.fixture
-def any_range(monkeypatch):
+def any_range(stand_in):
     """The range rule as it was: a count alone doubles it, without an end."""
     real = released.next_bound
 
     def without_the_rule(bound, over, half, values, plan, *, first, sites):
         return real(bound, over, half, values, plan, first=plan.highest, sites=2)
 
-    monkeypatch.setattr(released, "next_bound", without_the_rule)
+    stand_in(released, next_bound=without_the_rule)
 
 
 # About 15 s: 41 rounds of the real protocol.

@@ -63,7 +63,7 @@ def play(epoch, witness=None):
     return epoch.sum(SPEC, 1, one_by_one(contribute), STATE, Stopwatch(), witness=witness)
 
 
-def passes_on(monkeypatch, change):
+def passes_on(stand_in, change):
     """The coordinator changes the submissions it lists: change({site: Submit}) -> {site: Submit}."""
     honest = in_process._Exchange._post_to
 
@@ -73,7 +73,7 @@ def passes_on(monkeypatch, change):
             message = replace(message, submissions=tuple(found[name] for name in ROSTER))
         honest(exchange, to, message)
 
-    monkeypatch.setattr(in_process._Exchange, "_post_to", post)
+    stand_in(in_process._Exchange, _post_to=post)
 
 
 def without_signatures(monkeypatch):
@@ -98,10 +98,10 @@ def believing(monkeypatch):
     take(Confirming, messages.Confirm, coordinator.ConfirmTaken)
 
 
-def without_tag(monkeypatch):
+def without_tag(stand_in):
     """The control: nothing is checked in an opened sum."""
-    monkeypatch.setattr(SumTag, "check", lambda *_: None)
-    monkeypatch.setattr(Layout, "unpack", lambda layout, total, _: layout.fields_of(total)[:5000])
+    stand_in(SumTag, check=lambda *_: None)
+    stand_in(Layout, unpack=lambda layout, total, _: layout.fields_of(total)[:5000])
 
 
 def certificates(epoch):
@@ -126,10 +126,10 @@ SALTS = {
 
 @BOTH
 @pytest.mark.parametrize("which", SALTS)
-def test_a_salt_that_its_site_did_not_sign(protection, which, monkeypatch):
+def test_a_salt_that_its_site_did_not_sign(protection, which, monkeypatch, stand_in):
     """Refused by the signature; the control is that without signatures the list is taken by every site,
     and then no tag holds, so that even so nothing is released."""
-    passes_on(monkeypatch, SALTS[which])
+    passes_on(stand_in, SALTS[which])
     epoch = epoch_of(protection)
     with pytest.raises(PeerRefused) as refusal:
         play(epoch)
@@ -141,20 +141,22 @@ def test_a_salt_that_its_site_did_not_sign(protection, which, monkeypatch):
     with pytest.raises(TagRefused):
         play(believed)
     assert certificates(believed) == {""}
-    without_tag(monkeypatch)
+    without_tag(stand_in)
     opened = play(epoch_of(protection)).opened
     assert np.mean(opened == EXACT) < 0.01, "control: it releases what is no sum of anything"
 
 
-def test_the_site_is_named_whose_submission_was_changed(monkeypatch):
-    passes_on(monkeypatch, SALTS["one bit"])
+def test_the_site_is_named_whose_submission_was_changed(stand_in):
+    passes_on(stand_in, SALTS["one bit"])
     with pytest.raises(SignatureRefused) as refusal:
         play(epoch_of("layered"))
     assert refusal.value.fault == "bob"
 
 
 @BOTH
-def test_a_submission_of_an_earlier_round_with_its_salt_and_vector(protection, monkeypatch):
+def test_a_submission_of_an_earlier_round_with_its_salt_and_vector(
+    protection, monkeypatch, stand_in
+):
     """The coordinator folds bob's vector of the first round into the second, and lists the submission
     that bob signed for it. The control: where headers, state tags and signatures are not checked, the
     second round's h gives another stream and other pads, so the tag refuses it."""
@@ -174,8 +176,8 @@ def test_a_submission_of_an_earlier_round_with_its_salt_and_vector(protection, m
         return found | {"bob": old}
 
     believing(monkeypatch)
-    monkeypatch.setattr(in_process._Exchange, "_uploaded", keep)
-    passes_on(monkeypatch, replayed)
+    stand_in(in_process._Exchange, _uploaded=keep)
+    passes_on(stand_in, replayed)
     epoch = epoch_of(protection)
     play(epoch)
     first = certificates(epoch)
@@ -197,7 +199,7 @@ def test_a_submission_of_an_earlier_round_with_its_salt_and_vector(protection, m
 
 @BOTH
 def test_a_vector_altered_on_the_way_adds_to_the_sum_and_is_refused_by_the_tag(
-    protection, monkeypatch, without
+    protection, stand_in, without
 ):
     """A stream cipher hides and does not authenticate: whoever adds to a ciphertext adds to the sum. The
     control, without the tag, shows the attacker's number in the released model."""
@@ -207,7 +209,7 @@ def test_a_vector_altered_on_the_way_adds_to_the_sum_and_is_refused_by_the_tag(
         fold._total[7] += np.uint64(1000)
         return honest(fold)
 
-    monkeypatch.setattr(MaskedFold, "total", total)
+    stand_in(MaskedFold, total=total)
     epoch = epoch_of(protection)
     told = []
     epoch.tap = lambda to, message: told.append(message)
@@ -225,7 +227,7 @@ def test_a_vector_altered_on_the_way_adds_to_the_sum_and_is_refused_by_the_tag(
 
 
 @BOTH
-def test_every_refusal_is_alike_whatever_was_altered(protection, monkeypatch):
+def test_every_refusal_is_alike_whatever_was_altered(protection, stand_in):
     """No oracle: which bit of the sum was changed does not show in what the sites say."""
     honest, spoken = MaskedFold.total, set()
     for slot, bit in ((0, 0), (7, 3), (2040, 53), (1000, 20)):
@@ -234,12 +236,11 @@ def test_every_refusal_is_alike_whatever_was_altered(protection, monkeypatch):
             fold._total[slot] ^= np.uint64(1 << bit)
             return honest(fold)
 
-        with monkeypatch.context() as attack:
-            attack.setattr(MaskedFold, "total", total)
-            epoch, told = epoch_of(protection), []
-            epoch.tap = lambda to, message, told=told: told.append(message)
-            with pytest.raises(TagRefused):
-                play(epoch)
+        stand_in(MaskedFold, total=total)
+        epoch, told = epoch_of(protection), []
+        epoch.tap = lambda to, message, told=told: told.append(message)
+        with pytest.raises(TagRefused):
+            play(epoch)
         leaves = [m for m in told if isinstance(m, messages.Leave)]
         spoken.add(tuple((m.site, m.code, len(m.sealed)) for m in leaves))
     assert len(spoken) == 1
@@ -299,7 +300,7 @@ def test_a_lying_site_s_salt_of_another_length(protection, cipher, change, monke
             assert play(epoch).survivors == (0, 1, 2, 3)
 
 
-def test_two_signed_salts_of_one_vector_are_found_before_anybody_unmasks(monkeypatch):
+def test_two_signed_salts_of_one_vector_are_found_before_anybody_unmasks(monkeypatch, stand_in):
     """bob and the coordinator show two salts of bob's vector to different sites. The confirmations are
     over all that a submission says, so they differ. The control: over vectors alone they agree, the sites
     unmask, and ann is left with a sum that it must refuse."""
@@ -318,7 +319,7 @@ def test_two_signed_salts_of_one_vector_are_found_before_anybody_unmasks(monkeyp
         post(exchange, to, message)
 
     patch_machine(monkeypatch, site, "sign", sign)
-    monkeypatch.setattr(in_process._Exchange, "_post_to", split)
+    stand_in(in_process._Exchange, _post_to=split)
     believing(monkeypatch)
     epoch, told = epoch_of("layered"), []
     epoch.tap = lambda to, message: told.append(message)

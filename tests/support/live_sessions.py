@@ -19,6 +19,7 @@ from fedcore_server.enrolment import Enrolments
 from fedcore_server.federation import FederationFiles
 from fedcore_server.grpc_service import handlers
 from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
+from support.federations import authority_of, now
 
 from fedcore.audit.lines import Line
 from fedcore.audit.trail import TRAIL_FILE, NoTrail, Recorder
@@ -28,7 +29,6 @@ from fedcore.identity.roster import RosterFile, read_file
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.journal import Journal
 from fedcore.store.spool import Spool
-from tests.support.federations import authority_of, now
 
 
 def joined(files: FederationFiles, folder: Path, name: str = "va") -> Path:

@@ -5,13 +5,13 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 
 from fedcore_clients.rosters import SiteRosters, approved_roster
+from support.policies import policy_of
 
 from fedcore.audit.trail import NoTrail
 from fedcore.identity.authority import Authority
 from fedcore.identity.roster import RosterFile
 from fedcore.identity.signed_roster import SignedRoster
 from fedcore.secagg.crypto.identity_key import IdentityKey
-from tests.support.policies import policy_of
 
 IDENTITIES = {name: IdentityKey() for name in "abcdexyz"}
 KEYS = {name: identity.public for name, identity in IDENTITIES.items()}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from support.full_disk import no_file_beyond
 
 from fedcore.audit.keys import SiteSigner, site_key
 from fedcore.audit.lines import Line
@@ -14,7 +15,6 @@ from fedcore.audit.trail import TRAIL_FILE, AuditTrail, NoTrail
 from fedcore.audit.verification import verify
 from fedcore.errors import StoreFull, StoreProblem
 from fedcore.secagg.crypto.identity_key import IdentityKey
-from tests.support.full_disk import no_file_beyond
 
 KEY = IdentityKey(bytes(range(32)))
 TRUSTED = {site_key(KEY.public)}

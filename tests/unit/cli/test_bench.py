@@ -110,19 +110,17 @@ def test_a_site_lays_on_the_masks_of_its_plan_and_all_of_them_come_off() -> None
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "plain"])
-def test_the_sum_tag_is_part_of_what_is_measured(
-    scheme: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sum_tag_is_part_of_what_is_measured(scheme: str, stand_in) -> None:
     vectors = [np.full(100, 0.01, dtype=np.float32)] * protect.CONTRIBUTORS
     found = protect.protected(scheme, 100, 4, bits=8, bound=0.25, seed=0)
     protect._measure(found, vectors, protect._Measured())
     honest = SumTag.tag
-    monkeypatch.setattr(SumTag, "tag", lambda *arguments: honest(*arguments) ^ 1)
+    stand_in(SumTag, tag=lambda *arguments: honest(*arguments) ^ 1)
     with pytest.raises(TagRefused):
         protect._measure(found, vectors, protect._Measured())
 
 
-def test_every_vector_of_a_keystream_has_a_fresh_salt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_vector_of_a_keystream_has_a_fresh_salt(stand_in) -> None:
     drawn: list[bytes] = []
     honest = protect.draw_salt
 
@@ -130,14 +128,14 @@ def test_every_vector_of_a_keystream_has_a_fresh_salt(monkeypatch: pytest.Monkey
         drawn.append(honest(entropy))
         return drawn[-1]
 
-    monkeypatch.setattr(protect, "draw_salt", record)
+    stand_in(protect, draw_salt=record)
     found = protect.protected("encrypted-keystream", 100, 4, bits=8, bound=0.25, seed=0)
     one, other = (b"".join(found.protect(np.full(100, 0.01, "f4"), 0)) for _ in range(2))
     assert one != other and len(set(drawn)) == len(drawn) == 4 + 2
 
 
 def test_opening_a_keystream_expands_one_stream_for_every_site_of_the_plan(
-    monkeypatch: pytest.MonkeyPatch,
+    stand_in,
 ) -> None:
     """As a site of a real round does: no cheaper for a benchmark of three vectors."""
     laid: list[int] = []
@@ -148,7 +146,7 @@ def test_opening_a_keystream_expands_one_stream_for_every_site_of_the_plan(
         honest(slots, masks, bits)
 
     found = protect.protected("encrypted-keystream", 100, 16, bits=8, bound=0.25, seed=0)
-    monkeypatch.setattr(protect, "add_masks", count)
+    stand_in(protect, add_masks=count)
     protect._measure(found, [np.full(100, 0.01, "f4")] * 3, protect._Measured())
     assert laid == [1, 1, 1, 16]
 
@@ -304,9 +302,9 @@ def test_the_peak_is_the_childs_own_not_its_parents() -> None:
 
 
 def test_a_folding_process_that_dies_abandons_the_benchmark(
-    monkeypatch: pytest.MonkeyPatch,
+    stand_in,
 ) -> None:
-    monkeypatch.setattr(fold, "python", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
+    stand_in(fold, python=lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(Abandoned, match="bench fold: the folding process: found exit 3"):
         fold.run(parameters=200_000, sites=(3,), bits=12)
 

@@ -7,10 +7,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as strategies
+from support.flower_grid import NAMES, grid_of
 
 from fedcore.errors import Abandoned, BadInput, PlanRefused, Refused
 from fedcore.flower import SecureAggregation, secure_mod, write_identities
-from tests.support.flower_grid import NAMES, grid_of
 
 pytestmark = pytest.mark.usefixtures("flower_task")
 

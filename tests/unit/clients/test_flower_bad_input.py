@@ -20,10 +20,10 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
+from support.flower_grid import NAMES, grid_of
 
 from fedcore.errors import BadInput, FedcoreError, PlanRefused, Refused
 from fedcore.flower import SecureAggregation, secure_mod
-from tests.support.flower_grid import NAMES, grid_of
 
 pytestmark = pytest.mark.usefixtures("flower_task")
 

@@ -14,13 +14,13 @@ from fedcore_clients import flower_mod
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
+from support.flower_grid import SimulatedGrid
+from support.flower_grid import grid_of as deployed
 
 from fedcore.errors import BadInput, Refused
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.flower import SecureAggregation, secure_mod, write_identities
 from fedcore.learning.state import model_digest
-from tests.support.flower_grid import SimulatedGrid
-from tests.support.flower_grid import grid_of as deployed
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs/examples/flower-secagg"
 

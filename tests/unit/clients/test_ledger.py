@@ -51,11 +51,11 @@ def found(tmp_path):
 # ------------------------------------------------------------------------------------- on disk
 
 
-def test_an_entry_is_synced_before_it_is_known(tmp_path, found, monkeypatch):
+def test_an_entry_is_synced_before_it_is_known(tmp_path, found, stand_in):
     """The answer leaves after `exposed` returned (PROTOCOL D)."""
     happened, sync, write = [], os.fdatasync, os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda *a: (happened.append("write"), write(*a))[1])
-    monkeypatch.setattr(os, "fdatasync", lambda h: (happened.append("sync"), sync(h))[1])
+    stand_in(os, pwrite=lambda *a: (happened.append("write"), write(*a))[1])
+    stand_in(os, fdatasync=lambda h: (happened.append("sync"), sync(h))[1])
     found.exposed(entry())
     assert happened == ["write", "sync"]
     assert read_ledger(tmp_path) == [entry()], "another process sees it"

@@ -16,13 +16,13 @@ from fedcore_clients.resources import MachineSection
 from fedcore_clients.session import Session
 from hypothesis import given
 from hypothesis import strategies as st
+from support.federations import new_federation, now
+from support.live_sessions import coordinator, joined, until
 
 from fedcore.errors import BadInput
 from fedcore.identity.kit import Kit
 from fedcore.store import container
 from fedcore.wire import frames
-from tests.support.federations import new_federation, now
-from tests.support.live_sessions import coordinator, joined, until
 
 SECOND = 1_000_000_000
 CHUNK, SIZE = 1 << 16, 1 << 19

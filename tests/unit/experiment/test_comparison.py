@@ -8,12 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from support.small_tasks import tiny
 
 import fedcore
 from fedcore.cli import main as commands
 from fedcore.errors import AlreadyExists, BadInput, TaskFailed
 from fedcore.experiment import api
-from tests.support.small_tasks import tiny
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 

@@ -120,14 +120,14 @@ def test_wandb_keeps_an_offline_run_in_the_folder(tmp_path, monkeypatch):
     assert b"federated/accuracy" in file.read_bytes()
 
 
-def test_one_that_fails_later_is_left_out_with_one_warning(tmp_path, monkeypatch):
+def test_one_that_fails_later_is_left_out_with_one_warning(tmp_path, stand_in):
     pytest.importorskip("tensorboard")
 
     def full(*_):
         raise OSError("no space left on device\nsecond line")
 
     found = Destinations(tmp_path, job("tensorboard"))
-    monkeypatch.setattr(TensorBoard, "row", full)
+    stand_in(TensorBoard, row=full)
     with pytest.warns(
         UserWarning, match="tensorboard gets no more rows .OSError: no space left on dev"
     ):

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from support.small_tasks import tiny
 
 import fedcore
 from fedcore.cli import main as commands
@@ -17,7 +18,6 @@ from fedcore.errors import BadInput
 from fedcore.experiment import api
 from fedcore.experiment.run import LOCK_FILE, held
 from fedcore.files.lock import FileLock
-from tests.support.small_tasks import tiny
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -172,9 +172,7 @@ def test_a_process_that_is_forked_from_the_holder_does_not_hold_the_folder(elsew
         pass
 
 
-def test_a_lock_whose_file_its_holder_removes_meanwhile_is_taken_on_a_new_file(
-    tmp_path, monkeypatch
-):
+def test_a_lock_whose_file_its_holder_removes_meanwhile_is_taken_on_a_new_file(tmp_path, stand_in):
     path, flock, removed = tmp_path / LOCK_FILE, fcntl.flock, []
 
     def late(handle, operation):
@@ -182,7 +180,7 @@ def test_a_lock_whose_file_its_holder_removes_meanwhile_is_taken_on_a_new_file(
             removed.append(path.unlink())
         flock(handle, operation)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    stand_in(fcntl, flock=late)
     lock = FileLock(path, BadInput)
     assert path.read_text() == f"{os.getpid()}\n"
     with pytest.raises(BadInput, match=str(os.getpid())):
@@ -192,16 +190,16 @@ def test_a_lock_whose_file_its_holder_removes_meanwhile_is_taken_on_a_new_file(
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_run_goes_without_a_lock_where_the_file_system_has_none(code, tmp_path, monkeypatch):
+def test_a_run_goes_without_a_lock_where_the_file_system_has_none(code, tmp_path, stand_in):
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    stand_in(fcntl, flock=refuse)
     ran = []
     with held(tmp_path):
         ran.append(1)
     assert ran
 
-    monkeypatch.setattr(fcntl, "flock", lambda *_: (tmp_path / "gone").stat())
+    stand_in(fcntl, flock=lambda *_: (tmp_path / "gone").stat())
     with pytest.raises(FileNotFoundError), held(tmp_path):
         pass

@@ -224,7 +224,7 @@ STATISTICS, ROUND_1, ROUND_2 = 0, 1, 2
 """The sums of a run with a stated range, in the order in which they are opened."""
 
 
-def shift_opened(monkeypatch, which, by):
+def shift_opened(stand_in, which, by):
     """Under `plain`, where no tag watches: add `by` to the last layer's weights of class 1."""
     fold_total, original, sums = PlainFold.total, PlainSealer.open, []
 
@@ -243,19 +243,19 @@ def shift_opened(monkeypatch, which, by):
         return total
 
     # Whoever looks on folds and opens one upload too: not here, where sums are counted.
-    monkeypatch.setattr("fedcore.experiment.arms.watch_one", lambda *_: None)
-    monkeypatch.setattr(PlainFold, "total", counted)
-    monkeypatch.setattr(PlainSealer, "open", shifted)
+    stand_in("fedcore.experiment.arms", watch_one=lambda *_: None)
+    stand_in(PlainFold, total=counted)
+    stand_in(PlainSealer, open=shifted)
 
 
-def test_a_wrong_last_sum_is_a_protection_gap_of_its_size(monkeypatch, without):
+def test_a_wrong_last_sum_is_a_protection_gap_of_its_size(stand_in, without):
     """The twin is what the plain integers lead to: the run that nothing disturbed.
 
     No site's guard looks here: it would leave the model that the wrong sum leads to.
     """
     without(simulation, "judge_all")
     right = run(range=8.0, adaptive_range=False).result
-    shift_opened(monkeypatch, ROUND_2, 200)
+    shift_opened(stand_in, ROUND_2, 200)
     wrong = run(range=8.0, adaptive_range=False).result
     assert right["unequal_rounds"] == 0 and wrong["unequal_rounds"] == 1
     accuracies = [r["arms"]["federated"]["accuracy"] for r in (right, wrong)]
@@ -266,14 +266,14 @@ def test_a_wrong_last_sum_is_a_protection_gap_of_its_size(monkeypatch, without):
     assert wrong["model_sha256"] != right["model_sha256"]
 
 
-def test_a_resumed_run_still_counts_the_rounds_before(monkeypatch):
+def test_a_resumed_run_still_counts_the_rounds_before(stand_in):
     """Round 1 clips twice as much as round 2, and its sum opens wrongly; then the run is interrupted."""
 
     def interrupt(row):
         if (row["round"], row["arm"]) == (2, "centralised"):
             raise KeyboardInterrupt
 
-    shift_opened(monkeypatch, ROUND_1, 1)
+    shift_opened(stand_in, ROUND_1, 1)
     with pytest.raises(KeyboardInterrupt):
         run(range=0.005, on_round=interrupt, out="broken")
     found = api.resume("broken", task=TASK)

@@ -236,7 +236,7 @@ def test_a_run_ends_when_the_federated_arm_was_not_better_for_so_many_rounds(cho
 
 
 @pytest.mark.parametrize("place", ["in a round", "after the last round"])
-def test_an_interrupted_run_chooses_as_a_whole_one(chosen, monkeypatch, place):
+def test_an_interrupted_run_chooses_as_a_whole_one(chosen, stand_in, place):
     def interrupt(*found):
         if len(found) > 1 or (found[0].round, found[0].arm) == (
             chosen.result.rounds - 1,
@@ -244,10 +244,10 @@ def test_an_interrupted_run_chooses_as_a_whole_one(chosen, monkeypatch, place):
         ):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "build_result", interrupt)
+    stand_in(loop, build_result=interrupt)
     with pytest.raises(KeyboardInterrupt):
         heart(**CHOOSING, on_round=interrupt if place == "in a round" else None, out="broken")
-    monkeypatch.setattr(loop, "build_result", build_result)
+    stand_in(loop, build_result=build_result)
     again = api.resume("broken").result
     for key in ("model_sha256", "rounds", "stopped", "best", "arms", "gap"):
         assert again[key] == chosen.result[key], key

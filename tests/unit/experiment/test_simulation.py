@@ -162,7 +162,7 @@ def test_metrics_that_travelled_protected_equal_the_pooled_ones():
 
 
 @pytest.mark.parametrize("scheme", PROTECTED)
-def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(scheme, tmp_path, monkeypatch):
+def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(scheme, tmp_path, stand_in):
     """Take one site's chunks out of the fold: the tag must notice, and the run must leave nothing."""
     from fedcore.secagg.crypto.bfv import EncryptedFold
     from fedcore.secagg.crypto.masked import MaskedFold
@@ -175,13 +175,13 @@ def test_a_fold_that_loses_a_site_is_refused_and_nothing_is_written(scheme, tmp_
         if len(seen) != 2:
             original(self, index, chunk)
 
-    monkeypatch.setattr(fold, "add", forgetful)
+    stand_in(fold, add=forgetful)
     with pytest.raises(TagRefused):
         run(**EVERY[scheme])
     assert not list(tmp_path.glob("runs/t-*"))
 
 
-def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch, without):
+def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(stand_in, without):
     """The zero of gap.protection is measured: shift what `plain` opens, and it is zero no more.
 
     No site's guard looks here: it would leave the model that the wrong sum leads to.
@@ -196,7 +196,7 @@ def test_a_wrong_sum_shows_as_a_protection_gap_not_as_zero(monkeypatch, without)
             total[1:6] += 40_000
         return total
 
-    monkeypatch.setattr(PlainSealer, "open", shifted)
+    stand_in(PlainSealer, open=shifted)
     without(simulation, "judge_all")
     result = run(protection="plain", range=8.0, adaptive_range=False).result
     assert result["unequal_rounds"] == 3
@@ -244,7 +244,7 @@ def test_a_model_that_counts_is_the_same_whatever_arms_run():
     assert abs(whole["gap"]["quantisation"]["auc"]["mean"]) < 0.01
 
 
-def test_guards_stay_in_an_honest_job_whose_running_statistics_do_not_fit_yet(monkeypatch):
+def test_guards_stay_in_an_honest_job_whose_running_statistics_do_not_fit_yet(stand_in):
     """Rows of mean 20, and a server that moves running means by its own rate: in evaluation mode the loss
     rises to more than three times the first one, while the loss that is trained, and the model, get better."""
 
@@ -269,7 +269,7 @@ def test_guards_stay_in_an_honest_job_whose_running_statistics_do_not_fit_yet(mo
         module.eval()
         yield
 
-    monkeypatch.setattr("fedcore.learning.scoring._batch_statistics", evaluation_mode)
+    stand_in("fedcore.learning.scoring", _batch_statistics=evaluation_mode)
     with pytest.raises(GuardTripped, match="after round 2"):
         run(task, protection="plain", arms=("federated",), **settings)
 
@@ -389,7 +389,7 @@ def prepared_run(**settings):
 
 
 @pytest.mark.parametrize("scheme", PROTECTED)
-def test_an_epoch_s_secrets_do_not_follow_the_seed(scheme, monkeypatch):
+def test_an_epoch_s_secrets_do_not_follow_the_seed(scheme, stand_in):
     """Two runs of one seed: equal models, and no upload of one is an upload of the other."""
     from fedcore.secagg.crypto.bfv import EncryptedFold
     from fedcore.secagg.crypto.masked import MaskedFold
@@ -401,7 +401,7 @@ def test_an_epoch_s_secrets_do_not_follow_the_seed(scheme, monkeypatch):
         sent.append(bytes(chunk))
         original(self, index, chunk)
 
-    monkeypatch.setattr(fold, "add", record)
+    stand_in(fold, add=record)
     uploads, hashes = [], set()
     for _ in range(2):
         hashes.add(run(**EVERY[scheme], rounds=2).result["model_sha256"])
@@ -432,7 +432,7 @@ def test_equal_contributions_of_two_sites_travel_as_different_bytes():
         assert len(set(uploads)) == 3
 
 
-def sums_of(monkeypatch, keep):
+def sums_of(stand_in, keep):
     """Call keep(arguments, keywords, total) of each sum under `plain`."""
     original = PlainSum.sum
 
@@ -441,15 +441,15 @@ def sums_of(monkeypatch, keep):
         keep(arguments, keywords, total)
         return total
 
-    monkeypatch.setattr(PlainSum, "sum", record)
+    stand_in(PlainSum, sum=record)
 
 
-def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
+def test_the_tag_covers_the_statistics_a_site_starts_from(stand_in):
     """Sites with other statistics have another state, so their sums do not verify together."""
     from fedcore.experiment.prepare import job_for, prepare
 
     seen = []
-    sums_of(monkeypatch, lambda arguments, _, total: seen.append(arguments[3]))
+    sums_of(stand_in, lambda arguments, _, total: seen.append(arguments[3]))
     federation = prepare(
         *job_for(None, {"rounds": 1, "protection": "plain", **FEDERATED})
     ).federation
@@ -459,7 +459,7 @@ def test_the_tag_covers_the_statistics_a_site_starts_from(monkeypatch):
     assert [statistics in state for state in seen] == [False, True]
 
 
-def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
+def test_a_release_names_the_state_that_its_sum_leads_to(stand_in):
     """What the sites sign as their new state is what they then start from, in every kind of round."""
     from fedcore.experiment.prepare import job_for, prepare
 
@@ -471,7 +471,7 @@ def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
         led.append(keywords["lead"](total.opened, names))
 
     federation = []
-    sums_of(monkeypatch, keep)
+    sums_of(stand_in, keep)
     settings = {"rounds": 2, "protection": "plain", "server": "fedadam", "drop": "2:submit:va"}
     federation.append(prepare(*job_for(None, settings | FEDERATED)).federation)
     while federation[0].step is not None:
@@ -480,10 +480,10 @@ def test_a_release_names_the_state_that_its_sum_leads_to(monkeypatch):
     assert started[1:] == led[:-1] and len(set(led)) == len(led) == 5
 
 
-def test_every_sum_says_what_it_is_of(monkeypatch):
+def test_every_sum_says_what_it_is_of(stand_in):
     """Preparatory rounds are training round 0; the metrics-only round comes after the last one."""
     seen = []
-    sums_of(monkeypatch, lambda arguments, *_: seen.append((arguments[0].purpose, arguments[1])))
+    sums_of(stand_in, lambda arguments, *_: seen.append((arguments[0].purpose, arguments[1])))
     two = {"rounds": 2, "protection": "plain", "arms": "federated", "resamples": 0}
     fedcore.simulate("heart", **two)
     assert seen == [("range", 0), ("update", 1), ("update", 2), ("metrics", 3)]

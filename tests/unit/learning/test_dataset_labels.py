@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support.small_tasks import Items
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
@@ -18,7 +19,6 @@ from fedcore.experiment.prepare import prepare
 from fedcore.learning.data.loading import load_rows
 from fedcore.learning.data.rows import DatasetRows
 from fedcore.learning.task import Task
-from tests.support.small_tasks import Items
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fedcore_clients.config import SplitSection
 from pydantic import ValidationError
+from support.small_tasks import Items
 from torch.utils.data import TensorDataset
 
 from fedcore.errors import BadInput
@@ -16,7 +17,6 @@ from fedcore.learning.data.heart import data
 from fedcore.learning.data.rows import ArrayRows, DatasetRows
 from fedcore.learning.data.split import FoldSplit, HashSplit, split_from_json, subsample
 from fedcore.secagg.crypto.identity_key import IdentityKey
-from tests.support.small_tasks import Items
 
 KEY = bytes(range(32))
 SPLIT = HashSplit(KEY, 0.2)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-
-from tests.support import dockerfile, helm
+from support import dockerfile, helm
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 ROLES = ("site", "coordinator")

@@ -16,8 +16,7 @@ from fedcore_clients.health import health
 from fedcore_clients.joining import SITE_FILE
 from fedcore_server.new_federation import FEDERATION_FILE
 from fedcore_server.probes import Counts, Seen, serve_metrics
-
-from tests.support import dockerfile
+from support import dockerfile
 
 ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from tests.support.scripts import load_script
+from support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from support.scripts import load_script
 
 from fedcore.errors import AlreadyExists, BadInput, Refused
-from tests.support.scripts import load_script
 
 
 @pytest.fixture(scope="module")

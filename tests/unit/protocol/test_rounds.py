@@ -189,7 +189,7 @@ def test_a_site_gone_after_it_confirmed_stays_in_the_sum_while_another_dropped()
 
 
 @pytest.mark.parametrize("protection", PROTECTIONS)
-def test_rounds_are_the_same_through_the_messages_bytes(protection, monkeypatch):
+def test_rounds_are_the_same_through_the_messages_bytes(protection, stand_in):
     """Nothing rides beside the byte form of a message."""
     crossed = []
 
@@ -202,7 +202,7 @@ def test_rounds_are_the_same_through_the_messages_bytes(protection, monkeypatch)
 
     for name in ("_to_site", "_to_hub"):
         original = getattr(in_process._Exchange, name)
-        monkeypatch.setattr(in_process._Exchange, name, through_bytes(original))
+        stand_in(in_process._Exchange, **{name: through_bytes(original)})
     job = Job(4, 3, protection, 4)
     assert job.check({"s01": "submit"}) and job.check({"s02": "release"}) and job.check({})
     heard = {*messages.SiteMessage.__args__, *messages.CoordinatorMessage.__args__}

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.by_request import LAYOUT, MODEL, kinds_of, one_round, run_of, said, without
 
 from fedcore.errors import Abandoned, PlanRefused, Refused, RoundAbandoned
 from fedcore.experiment.prepare import job_for, prepare
@@ -14,7 +15,6 @@ from fedcore.secagg.by_request.terms import RunTerms, Trained
 from fedcore.secagg.encode.quantise import quantise
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.seeds import generator
-from tests.support.by_request import LAYOUT, MODEL, kinds_of, one_round, run_of, said, without
 
 PROTECTIONS = [("masked", "bfv"), ("layered", "bfv"), ("layered", "keystream")]
 

@@ -60,7 +60,7 @@ def plan_of(scheme):
 class Coordinator:
     """Keeps the first sum it released, and hands it out again instead of every later one."""
 
-    def __init__(self, monkeypatch, scheme):
+    def __init__(self, stand_in, scheme):
         self.kept = None
         honest = FOLDS[scheme].total
 
@@ -69,7 +69,7 @@ class Coordinator:
             self.kept = self.kept or released
             return iter(self.kept)
 
-        monkeypatch.setattr(FOLDS[scheme], "total", total)
+        stand_in(FOLDS[scheme], total=total)
 
 
 def protected(epoch, value, *, purpose="update", round_=7, state=b"model"):
@@ -91,8 +91,8 @@ ANOTHER = {
 
 @pytest.mark.parametrize("scheme", TAGGED)
 @pytest.mark.parametrize("what", ANOTHER)
-def test_a_released_sum_is_refused_where_it_does_not_belong(scheme, what, monkeypatch):
-    Coordinator(monkeypatch, scheme)
+def test_a_released_sum_is_refused_where_it_does_not_belong(scheme, what, stand_in):
+    Coordinator(stand_in, scheme)
     epoch = InProcessFederation("job", plan_of(scheme))
     assert protected(epoch, 100).wides == {"weight": [300]}
     with pytest.raises(TagRefused, match="its tag is not that of the listed survivors"):
@@ -101,13 +101,14 @@ def test_a_released_sum_is_refused_where_it_does_not_belong(scheme, what, monkey
 
 @pytest.mark.parametrize("scheme", TAGGED)
 @pytest.mark.parametrize("what", ANOTHER)
-def test_without_the_check_it_is_accepted(scheme, what, monkeypatch, without):
+def test_without_the_check_it_is_accepted(scheme, what, stand_in, without):
     """The control: marks and canaries see nothing, so only the tag refuses it above. A keystream is bound
     to the header and state as the tag is, so for its control streams are the same in every round."""
-    Coordinator(monkeypatch, scheme)
+    Coordinator(stand_in, scheme)
     without(SumTag, "check")
-    same = {site: bytes([place]) * 32 for place, site in enumerate(ROSTER)}
-    monkeypatch.setattr("fedcore.secagg.scheme.stream_key", lambda *parts: same[parts[3]])
+    if SCHEMES[scheme][1] == "keystream":
+        same = {site: bytes([place]) * 32 for place, site in enumerate(ROSTER)}
+        stand_in("fedcore.secagg.scheme", stream_key=lambda *parts: same[parts[3]])
     epoch = InProcessFederation("job", plan_of(scheme))
     assert protected(epoch, 100).wides == {"weight": [300]}
     opened = protected(epoch, 55, **ANOTHER[what])
@@ -147,7 +148,7 @@ def test_another_ciphertext_of_the_sum_than_the_announced_one_is_refused(without
 
 
 @pytest.mark.parametrize("scheme", TAGGED)
-def test_the_tag_s_header_and_state_are_of_this_very_sum(scheme, monkeypatch):
+def test_the_tag_s_header_and_state_are_of_this_very_sum(scheme, stand_in):
     """Of each sum's tags: one header for all sites, every sum another one, and the plan in all."""
     made = []
     honest = SumTag.tag
@@ -156,7 +157,7 @@ def test_the_tag_s_header_and_state_are_of_this_very_sum(scheme, monkeypatch):
         made.append((site, tag.header, tag.state))
         return honest(tag, slots, site)
 
-    monkeypatch.setattr(SumTag, "tag", record)
+    stand_in(SumTag, tag=record)
     plan = plan_of(scheme)
     epoch = InProcessFederation("job", plan)
     protected(epoch, 1, purpose="range", round_=0, state=b"start")
@@ -210,10 +211,10 @@ def in_tmp(tmp_path, monkeypatch):
 class Shift:
     """Adds 40 to the low field of five data slots of one opened sum; marks and canaries stay right."""
 
-    def __init__(self, monkeypatch, scheme, which):
-        self.sums = 0
+    def __init__(self, stand_in, scheme, which):
+        self.sums, self.which = 0, which
         # Whoever looks on folds and opens one upload too: not here, where sums are counted.
-        monkeypatch.setattr("fedcore.experiment.arms.watch_one", lambda *_: None)
+        stand_in("fedcore.experiment.arms", watch_one=lambda *_: None)
         fold, sealer = FOLDS[scheme], SEALERS[scheme]
         total, open_ = fold.total, sealer.open
 
@@ -223,16 +224,16 @@ class Shift:
 
         def shifted(sealer, chunks, slots):
             opened = open_(sealer, chunks, slots)
-            if self.sums == which:  # at every site that opens this sum
+            if self.sums == self.which:  # at every site that opens this sum
                 opened[1:6] += np.uint64(40)
             return opened
 
-        monkeypatch.setattr(fold, "total", counted)
-        monkeypatch.setattr(sealer, "open", shifted)
+        stand_in(fold, total=counted)
+        stand_in(sealer, open=shifted)
 
 
-def test_a_shifted_sum_is_refused_and_the_run_leaves_nothing(in_tmp, scheme, monkeypatch):
-    Shift(monkeypatch, scheme, which=1)
+def test_a_shifted_sum_is_refused_and_the_run_leaves_nothing(in_tmp, scheme, stand_in):
+    Shift(stand_in, scheme, which=1)
     rows = []
     with pytest.raises(TagRefused, match="its tag is not that of the listed survivors"):
         fedcore.simulate(TASK, **SETTINGS, **settings_of(scheme), on_round=rows.append)
@@ -240,10 +241,10 @@ def test_a_shifted_sum_is_refused_and_the_run_leaves_nothing(in_tmp, scheme, mon
     assert [path for path in Path().rglob("*") if path != Path("runs")] == []
 
 
-def test_without_the_check_the_shifted_sum_is_accepted(in_tmp, scheme, monkeypatch, without):
+def test_without_the_check_the_shifted_sum_is_accepted(in_tmp, scheme, stand_in, without):
     """The control: marks and canaries see nothing; only the comparison with the twin does."""
     honest = fedcore.simulate(TASK, **SETTINGS, **settings_of(scheme)).result
-    Shift(monkeypatch, scheme, which=1)
+    Shift(stand_in, scheme, which=1)
     without(SumTag, "check")
     result = fedcore.simulate(TASK, **SETTINGS, **settings_of(scheme)).result
     assert result["rounds"] == 3 and result["unequal_rounds"] == 1
@@ -251,11 +252,11 @@ def test_without_the_check_the_shifted_sum_is_accepted(in_tmp, scheme, monkeypat
 
 
 @pytest.mark.parametrize("which", [1, 2])
-def test_a_refused_round_does_not_advance_the_state(in_tmp, scheme, which, monkeypatch):
+def test_a_refused_round_does_not_advance_the_state(in_tmp, scheme, which, stand_in):
     settings = SETTINGS | settings_of(scheme)
     experiment = Experiment(prepare(*job_for(TASK, settings)))
     federated = experiment.federated
-    Shift(monkeypatch, scheme, which)
+    Shift(stand_in, scheme, which)
     for round_ in range(1, which):
         federated.step(round_)
     before = federated.save()
@@ -271,16 +272,16 @@ def test_a_refused_round_does_not_advance_the_state(in_tmp, scheme, which, monke
         assert after[key] == before[key], key
 
 
-def test_a_refusal_in_a_later_round_keeps_the_rounds_before_it(in_tmp, scheme, monkeypatch):
+def test_a_refusal_in_a_later_round_keeps_the_rounds_before_it(in_tmp, scheme, stand_in):
     """Resumed with new keys and no attack, the run ends where an undisturbed one does."""
     from fedcore.experiment import api
 
     settings = SETTINGS | settings_of(scheme)
     whole = fedcore.simulate(TASK, **settings).result
-    with monkeypatch.context() as attack:
-        Shift(attack, scheme, which=2)
-        with pytest.raises(TagRefused):
-            fedcore.simulate(TASK, **settings, out="attacked")
+    attack = Shift(stand_in, scheme, which=2)
+    with pytest.raises(TagRefused):
+        fedcore.simulate(TASK, **settings, out="attacked")
+    attack.which = None
     assert not Path("attacked/result.json").exists()
     assert not Path("attacked/model.safetensors").exists()
     found = api.resume("attacked", task=TASK).result

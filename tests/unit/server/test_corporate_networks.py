@@ -18,6 +18,9 @@ from fedcore_clients.renewal import Renewal
 from fedcore_clients.sandbox import hidden
 from fedcore_clients.session import Session
 from fedcore_server.app import KEEPALIVE
+from support.federations import new_federation, now, served
+from support.live_sessions import coordinator, joined, until
+from support.proxies import LOGIN, Inspector, Middle, ProxyServer
 
 from fedcore.errors import BadInput, CertificateRefused
 from fedcore.identity.kit import Kit
@@ -25,9 +28,6 @@ from fedcore.identity.peer import peer_of
 from fedcore.identity.proxies import ProxySection
 from fedcore.local_deployment import free_port
 from fedcore.wire import calls, frames
-from tests.support.federations import new_federation, now, served
-from tests.support.live_sessions import coordinator, joined, until
-from tests.support.proxies import LOGIN, Inspector, Middle, ProxyServer
 
 HOST = "hub.example"
 """No name that this machine can resolve."""

@@ -21,11 +21,11 @@ def test_a_failed_write_leaves_the_former_file_and_nothing_beside(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_clean_up_does_not_hide_the_cause(tmp_path, monkeypatch):
+def test_the_clean_up_does_not_hide_the_cause(tmp_path, stand_in):
     def refused(*_, **__):
         raise PermissionError("the folder became read-only")
 
-    monkeypatch.setattr(Path, "unlink", refused)
+    stand_in(Path, unlink=refused)
     with pytest.raises(OSError, match="File too large"), no_file_beyond(1000):
         write_atomic(tmp_path / "result.json", bytes(2000))
 

@@ -227,7 +227,7 @@ def test_only_the_newest_connection_of_a_site_writes(spool):
     assert new.finish().digest == DIGEST
 
 
-def test_an_older_connection_does_not_finish_over_a_newer_ones_vector(spool, monkeypatch):
+def test_an_older_connection_does_not_finish_over_a_newer_ones_vector(spool, stand_in):
     old = begin(spool)
     old.write(0, DATA)
     other, check, begun = [b"another vector"], container.check, []
@@ -239,7 +239,7 @@ def test_an_older_connection_does_not_finish_over_a_newer_ones_vector(spool, mon
             begun.append(begin(spool, digest=vector_digest(other), size=len(to_bytes(other))))
         return found
 
-    monkeypatch.setattr(container, "check", meanwhile)
+    stand_in(container, check=meanwhile)
     with pytest.raises(VectorRefused, match="upload that is over"):
         old.finish()
     (new,) = begun
@@ -379,7 +379,7 @@ def test_a_put_holds_one_chunk_in_memory(spool):
 
 
 @pytest.fixture
-def synced(monkeypatch):
+def synced(stand_in):
     """What was synced, by its path from the spool's parent."""
     seen, real = [], os.fsync
 
@@ -387,7 +387,7 @@ def synced(monkeypatch):
         seen.append(Path(f"/proc/self/fd/{handle}").readlink().name)
         real(handle)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    stand_in(os, fsync=fsync)
     return seen
 
 
