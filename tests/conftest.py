@@ -112,12 +112,14 @@ def flower_task(monkeypatch):
 
 LONGEST = (
     "test_contract.py", "test_crash_points.py", "test_readme.py", "test_transfer.py", "test_chaos.py",
-    "test_absences.py", "test_hostile_coordinator.py", "test_up.py", "test_traffic.py", "test_tutorials.py",
-    "test_restarts.py", "test_simulation.py", "test_report_page.py", "test_folding.py", "test_given_model.py",
-    "test_commands.py", "test_keys_end.py", "test_patients.py", "test_hostile_site.py", "test_repository.py",
-    "test_load.py", "test_journal_replay.py", "test_run.py", "test_reference_run.py", "test_rounds.py",
-    "test_faults.py", "test_journal.py", "test_whole_jobs.py", "test_wire_frames.py", "test_report_browser.py",
-    "test_sandbox.py", "test_new_federation.py",
+    "test_restarts.py", "test_up.py", "test_traffic.py", "test_tutorials.py", "test_rounds.py",
+    "test_hostile_coordinator.py", "test_folding.py", "test_absences.py", "test_report_page.py", "test_given_model.py",
+    "test_run.py", "test_commands.py", "test_keys_end.py", "test_patients.py", "test_journal_replay.py",
+    "test_docs_site.py", "test_hostile_site.py", "test_load.py", "test_journal.py", "test_wheel.py",
+    "test_new_federation.py", "test_simulation.py", "test_failover.py", "test_faults.py", "test_postgresql.py",
+    "test_lying_site_steers.py", "test_encrypted_sites.py", "test_whole_jobs.py",
+    "test_repository.py", "test_demo_deployed.py", "test_reference_run.py", "test_wire_frames.py",
+    "test_report_browser.py", "test_sandbox.py", "test_extras.py",
 )  # fmt: skip
 """Files that take more than some twenty seconds, the longest first."""
 
