@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fedcore.secagg.algorithms import algorithm_of, keeps_of, refuse_threshold
+from fedcore.secagg.algorithms import LEAST_THRESHOLD, algorithm_of, keeps_of, refuse_threshold
 from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
 from fedcore.secagg.protections import MIN_SITES, Protection, refuse_roster
 from fedcore.secagg.purposes import leaving
@@ -246,6 +246,10 @@ def _masked(terms: Terms) -> list[str]:
 def _alternative(terms: Terms) -> str:
     """Settings that survive an absence: the next lower threshold, and for three sites a fourth."""
     lower, masks = terms.threshold - 1, terms.layers.masks
+    if terms.second_block and lower < LEAST_THRESHOLD:
+        return (
+            f"{LEAST_THRESHOLD + 1} sites with a threshold of {LEAST_THRESHOLD} survive 1 absence."
+        )
     said = f"A threshold of {lower} (`protect.threshold`) survives 1 absence"
     if masks:
         tolerated = collusion(replace(terms, threshold=lower)).active

@@ -25,7 +25,7 @@ from fedcore.learning.saved import checkpoint_bytes, load_model, read_checkpoint
 from fedcore.learning.state import JobState
 from fedcore.learning.task import Task
 from fedcore.secagg.algorithms import ALGORITHMS
-from fedcore.secagg.label import Terms, collusion, label_of
+from fedcore.secagg.label import Terms, collusion, label_of, label_warnings
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protections import PROTECTIONS
 
@@ -448,6 +448,8 @@ def test_scaffold_needs_a_threshold_of_4_and_its_label_counts_the_second_equatio
     assert "--threshold 4" in refused.value.remedy and "feddyn" in refused.value.remedy
     with pytest.raises(PlanRefused, match="two equations"):
         prepare(*job_for(task(), USUAL | settings))
+    (warning,) = label_warnings(Terms.of_job(build_job(settings | {"threshold": 4}), 4))
+    assert "5 sites with a threshold of 4 survive 1 absence" in warning
     terms = Terms.of_job(build_job(settings | {"threshold": 6}), 8)
     usual = replace(terms, second_block=False)
     assert collusion(usual).hidden_among - collusion(terms).hidden_among <= 1
