@@ -27,7 +27,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedcore.bench import document, progress, protection_of, require_at_least, table_page
-from fedcore.bench.wan import Line, Links, links, require_namespaces
+from fedcore.bench.wan import Links, LinkSpeed, links, require_namespaces
 from fedcore.config import build_job, narrowest_policy
 from fedcore.errors import Abandoned, BadInput
 from fedcore.experiment.environment import peak_memory_of
@@ -82,19 +82,19 @@ def run(
     released.
     """
     _check(sites, rounds, protection, per_process)
-    asked = _Asked(sites, parameters, rounds, protection, cipher, bits, per_process)
+    asked = _Setup(sites, parameters, rounds, protection, cipher, bits, per_process)
     if not wan:
         return _measured(asked, None)
     _check_links(per_process, delay, mbit)
     require_namespaces()
     near = _measured(asked, None)
     names = [SiteId(f"site-{number:03d}") for number in range(sites)]
-    with links(names, Line(delay, mbit)) as found:
+    with links(names, LinkSpeed(delay, mbit)) as found:
         return _measured(asked, found) | {"loopback": _of_loopback(near)}
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Setup:
     """What is measured: the arguments of `run`."""
 
     sites: int
@@ -106,7 +106,7 @@ class _Asked:
     per_process: int
 
 
-def _measured(asked: _Asked, far: Links | None) -> Json:
+def _measured(asked: _Setup, far: Links | None) -> Json:
     """Run the rounds, on loopback or over these links."""
     sites, rounds, protection, cipher = asked.sites, asked.rounds, asked.protection, asked.cipher
     names = [SiteId(f"site-{number:03d}") for number in range(sites)]

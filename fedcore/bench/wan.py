@@ -40,8 +40,8 @@ PACKET = 1500
 
 
 @dataclass(frozen=True)
-class Line:
-    """What a link does in each direction. delay_ms: there and back; mbit: 10^6 bits a second."""
+class LinkSpeed:
+    """What a link lets through in each direction. delay_ms: there and back; mbit: 10^6 bits a second."""
 
     delay_ms: float
     mbit: float
@@ -65,7 +65,7 @@ class Links:
     """The links of one benchmark, while `links` lasts. emulator: what delays and limits them; ends: {site: a process in
     its namespace, and the coordinator's device of the link}."""
 
-    line: Line
+    line: LinkSpeed
     emulator: str
     port: int = 7443
     ends: dict[SiteId, tuple[int, str]] = field(default_factory=dict)
@@ -115,7 +115,7 @@ def require_namespaces() -> None:
 
 
 @contextlib.contextmanager
-def links(sites: Sequence[SiteId], line: Line) -> Iterator[Links]:
+def links(sites: Sequence[SiteId], line: LinkSpeed) -> Iterator[Links]:
     """Make a namespace for the coordinator, which the calling thread is in meanwhile, and a link for every site.
 
     Raises BadInput where the kernel refuses.
@@ -207,7 +207,7 @@ def _has_netem() -> bool:
     return True
 
 
-def _veth(number: int, process: int, line: Line) -> None:
+def _veth(number: int, process: int, line: LinkSpeed) -> None:
     """A pair of devices with `tc netem` at both ends."""
     hub, site = f"hub{number}", f"site{number}"
     _run("ip", "link", "add", hub, "type", "veth", "peer", "name", site, "netns", str(process))
@@ -245,7 +245,7 @@ def _route(number: int, process: int) -> None:
 
 
 @contextlib.contextmanager
-def _relay(opened: Sequence[int], line: Line) -> Iterator[None]:
+def _relay(opened: Sequence[int], line: LinkSpeed) -> Iterator[None]:
     """The process that passes packets on; `opened`: two devices for each link, one after the other."""
     words = [str(each) for each in (line.one_way_seconds, line.bytes_a_second, line.buffer_bytes)]
     relay = subprocess.Popen(  # noqa: S603

@@ -15,7 +15,7 @@ import numpy as np
 from support.networks import Socket, needs_namespaces, program_in, sockets_of
 from support.scripts import load_script
 
-from fedcore.bench.wan import HUB, Line, links
+from fedcore.bench.wan import HUB, LinkSpeed, links
 from fedcore.types import SiteId
 
 Commands = load_script("demo_deployed.py").Commands
@@ -108,7 +108,7 @@ def test_sites_in_separate_networks_reach_the_coordinators_ports_and_nothing_els
     (tmp_path / "small.py").write_text(TASK)
     (tmp_path / "job.toml").write_text(JOB)
     env = {"FEDCORE_OPERATOR": "fed/operator/operator.toml"}
-    with links(SITES, Line(delay_ms=2, mbit=1000)) as network:
+    with links(SITES, LinkSpeed(delay_ms=2, mbit=1000)) as network:
         here = f"/proc/{os.getpid()}/task/{threading.get_native_id()}/ns/net"
         programs = {"fed-coordinator": program_in(here, "fedcore_server.cli")}
         for site, (process, _) in network.ends.items():

@@ -12,7 +12,7 @@ from support.networks import needs_namespaces
 
 from fedcore.bench import engine
 from fedcore.bench.slow_link import Direction
-from fedcore.bench.wan import HUB, Line, links
+from fedcore.bench.wan import HUB, LinkSpeed, links
 from fedcore.errors import BadInput
 from fedcore.report.terminal import as_text
 from fedcore.types import SiteId
@@ -45,7 +45,7 @@ def test_a_full_buffer_drops_packets_and_an_idle_link_keeps_no_credit() -> None:
 @needs_namespaces
 def test_bytes_between_two_namespaces_take_the_delay_and_are_counted() -> None:
     before = NETWORK.readlink()
-    with links((A, B), Line(delay_ms=60, mbit=100)) as found:
+    with links((A, B), LinkSpeed(delay_ms=60, mbit=100)) as found:
         server = socket.create_server((HUB, 0))
         code = (
             "import socket, sys, time\n"
@@ -76,7 +76,7 @@ def test_nothing_is_left_after_an_error_inside() -> None:
     made: list[int] = []
 
     def fail_inside() -> None:
-        with links((A,), Line(10, 10)) as found:
+        with links((A,), LinkSpeed(10, 10)) as found:
             made.append(found.ends[A][0])
             raise ZeroDivisionError
 
