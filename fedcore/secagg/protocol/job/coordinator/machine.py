@@ -309,6 +309,7 @@ class JobMachine:
 
         It sends this in every new session, and after its disk refused to record a message.
         """
+        self.catch_up.connected(name)  # what was offered may be lost, too
         self.do(self.epochs.agreed(name))
         # The round first: a site takes no new epoch inside one.
         self.round_step(coordinator.SiteReconnected(name))
