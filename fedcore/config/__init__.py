@@ -18,10 +18,12 @@ from typing import Annotated, Any, Literal, TypedDict
 from pydantic import BeforeValidator, Field, ValidationError
 
 from fedcore.config.unsupported import refuse_unsupported
-from fedcore.errors import BadInput, UnknownName
+from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.files.toml import Section, found_and_expected, read_tables
 from fedcore.secagg import algorithms, packing, plan, protections
 from fedcore.secagg.encode.pack import limb_count
+from fedcore.secagg.privacy.accounting import noise_multiplier
+from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
 from fedcore.types import Json, SiteId
 
 
@@ -86,6 +88,26 @@ class ProtectSection(Section):
     release: Literal["sites", "coordinator"] = "sites"
     cipher: Literal["bfv", "keystream"] = "bfv"
     lattice: Literal["standard", "wide"] = "standard"
+
+
+PRIVATE_BITS = 20
+"""protect.bits of a job with privacy that does not set it: a field has room for the rows of a site and its noise."""
+
+
+class PrivacySection(Section):
+    """[privacy]: differential privacy of the training rows, with the noise inside the protected sum; off without
+    epsilon.
+
+    epsilon, delta: what all rounds together may cost a unit; protect.bits is then 20 by default. unit: whose data
+    that is about: a "record" (one row), a "column" (the rows with one id in the task's group column) or a "site", which
+    takes 100 sites or more. clip: the largest L2 norm of a unit's gradient. colluders: sites that may hand over all
+    they hold."""
+
+    epsilon: float | None = Field(default=None, gt=0, le=100)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    unit: Literal["record", "column", "site"] = "record"
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    colluders: int = Field(default=1, ge=0)
 
 
 # `validate` was a function of pydantic's models before its version 2.
@@ -158,6 +180,7 @@ SECTIONS: dict[str, type[Section]] = {
     "": RunSection,
     "train": TrainSection,
     "protect": ProtectSection,
+    "privacy": PrivacySection,
     "round": RoundSection,
     "track": TrackSection,
 }
@@ -216,6 +239,12 @@ class Settings(TypedDict, total=False):
     release: Literal["sites", "coordinator"]
     cipher: Literal["bfv", "keystream"]
     lattice: Literal["standard", "wide"]
+    privacy: Mapping[str, object]
+    epsilon: float | None
+    delta: float
+    unit: Literal["record", "column", "site"]
+    clip: float
+    colluders: int
     round: Mapping[str, object]
     rounds: int
     validate: float | None
@@ -254,6 +283,7 @@ class Job:
     run: RunSection = field(default_factory=RunSection)
     train: TrainSection = field(default_factory=TrainSection)
     protect: ProtectSection = field(default_factory=ProtectSection)
+    privacy: PrivacySection = field(default_factory=PrivacySection)
     round: RoundSection = field(default_factory=RoundSection)
     track: TrackSection = field(default_factory=TrackSection)
     sites: Mapping[str, object] = field(default_factory=dict)
@@ -265,6 +295,10 @@ class Job:
         sections = {
             name: getattr(self, name).model_dump(mode="json") for name in filter(None, SECTIONS)
         }
+        if (
+            self.privacy.epsilon is None
+        ):  # a job without privacy has the same digest as before there was any
+            del sections["privacy"]
         own = {k: list(v) if isinstance(v, tuple) else v for k, v in self.task_settings.items()}
         of_task = {"task_settings": own} if own else {}
         about = {"base": str(self.base), **of_task}
@@ -285,7 +319,7 @@ def wire_settings(job: Job) -> Json:
     """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset or is a later
     setting that changes nothing."""
     whole = {k: v for k, v in deployed_settings(job).items() if k not in _PATHS_AND_DEVICE}
-    for section in filter(None, SECTIONS):
+    for section in SECTIONS.keys() & whole.keys():
         whole[section] = {k: v for k, v in whole[section].items() if v is not None}
     later = {f"server_{name}": value for name, value in plan.UNCHANGED_SERVER.items()}
     return whole | {
@@ -343,7 +377,7 @@ def plan_of(
     if algorithms.algorithm_of(train.algorithm).second_block:
         fields += shape.parameters
     fields += sum(wide.count * limb_count(wide.bits, protect.bits) for wide in shape.metric_sums)
-    return plan.RoundPlan(
+    found = plan.RoundPlan(
         task=shape.task, task_digest=shape.task_digest, sites=sites, protection=protect.protection,
         packing=packing_of(job, len(sites), fields),
         parameters=shape.parameters, buffer_coordinates=shape.buffer_coordinates,
@@ -356,6 +390,27 @@ def plan_of(
         public_metrics=job.track.public_metrics, release=protect.release,
         settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=protect.cipher,
         model=shape.model,
+    )  # fmt: skip
+    return (
+        found if job.privacy.epsilon is None else found.with_privacy(privacy_plan(job, len(sites)))
+    )
+
+
+def privacy_plan(job: Job, sites: int) -> PrivacyPlan:
+    """What a plan states of a job with privacy: the noise that its epsilon takes. Raises BadInput, and PlanRefused for
+    the unit "site"."""
+    section, rounds = job.privacy, job.round.rounds
+    assert section.epsilon is not None
+    if section.unit == "site":
+        z = noise_multiplier(section.epsilon, section.delta, rounds)
+        raise PlanRefused(
+            f"privacy.unit: found 'site' for {sites} sites, expected 100 sites or more: with noise multiplier {z:.3g} "
+            f"each coordinate of the mean of {sites} has noise of {z / sites:.2g} times the clip norm in every round, "
+            f"while one of 1000 equal coordinates of an update is {1000**-0.5:.2g} of it",
+            remedy='unit = "record", or "column" for all rows of one person',
+        )
+    return PrivacyPlan.calibrated(
+        section.epsilon, section.delta, rounds, clip=section.clip, unit=section.unit, colluders=section.colluders
     )  # fmt: skip
 
 
@@ -440,6 +495,8 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
                 base = here if key == "task" else base
                 path = key == "initial" and isinstance(value, str | Path)
                 _put(merged, key, str((here / value).resolve()) if path else value)
+    if merged["privacy"].get("epsilon") is not None:
+        merged["protect"].setdefault("bits", PRIVATE_BITS)
     sections = {name: _validate(name, model, merged[name]) for name, model in SECTIONS.items()}
     protect = sections["protect"]
     protections.refuse_unknown(protect.protection)
@@ -464,7 +521,8 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     run = sections[""]
     if run.fold >= run.folds:
         raise BadInput(f"fold: found {run.fold}, expected 0 to folds - 1 = {run.folds - 1}")
-    rest = (sections["round"], sections["track"], sites, base, of_task)
+    _require_privacy(sections["privacy"], merged["privacy"], protect)
+    rest = (sections["privacy"], sections["round"], sections["track"], sites, base, of_task)
     return Job(run, sections["train"], protect, *rest)
 
 
@@ -484,6 +542,23 @@ def _require_validation(section: RoundSection) -> None:
                 f"round.{key}: found {value!r} without round.validate, expected rows to judge a round by",
                 remedy="--validate 0.2 keeps a fifth of each site's training rows apart for it",
             )
+
+
+def _require_privacy(
+    section: PrivacySection, given: Mapping[str, Any], protect: ProtectSection
+) -> None:
+    if section.epsilon is None:
+        if set_ := [name for name, value in given.items() if value is not None]:
+            raise BadInput(
+                f"privacy.{set_[0]}: found it without privacy.epsilon, expected both",
+                remedy="--epsilon 3 is the budget; without one there is no privacy",
+            )
+        return
+    if protect.range is not None:
+        raise BadInput(
+            f"protect.range: found {protect.range} with privacy.epsilon, expected none",
+            remedy="privacy fixes the range, by privacy.clip and protect.max_examples",
+        )
 
 
 def _sites_of(value: Any, base: Path) -> dict[str, Any]:

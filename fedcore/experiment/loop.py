@@ -103,7 +103,8 @@ class Experiment:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.federation = prepared, prepared.federation
         plan, trainers, start = prepared.plan, self.federation.sites, self.federation.state
-        self.federation.guards = tuple(trainer.guard(plan, start) for trainer in trainers)
+        if plan.privacy is None:  # else no site judges: see `SiteTrainer.contribute`
+            self.federation.guards = tuple(trainer.guard(plan, start) for trainer in trainers)
         self.federated = Federated(prepared)
         makers: dict[str, Callable[[], Arm]] = {
             "centralised": lambda: Alone(prepared, prepared.sites, prepared.pooled()),

@@ -214,6 +214,8 @@ def _notes_on_statistics(experiment: Experiment) -> list[str]:
 def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
     """The metrics-only round."""
     transport = experiment.prepared.transport
+    if experiment.prepared.plan.privacy is not None:  # sums of metrics would leave without noise
+        return ProtectedMetrics(sites=())
     try:
         total = experiment.federation.measure().total
     except RoundAbandoned as abandoned:

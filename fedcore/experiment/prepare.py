@@ -5,7 +5,7 @@ Invariant: nothing is chosen on test rows, and what the plan refuses is refused 
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,11 @@ def describe_plan(plan: RoundPlan) -> Json:
             "bound": needed >> packing.slot_bits,
             "limit": available >> packing.slot_bits,
         }
+    noise = None
+    if plan.privacy is not None:
+        noise = asdict(plan.noise_grid) | {"epsilon": plan.privacy.spent(plan.rounds)}
     return plan.to_json() | {
+        **({"noise": noise} if noise else {}),
         "digest": plan.digest,
         "bits": packing.bits,
         "max_sites": packing.max_sites,

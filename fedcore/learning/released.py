@@ -82,6 +82,9 @@ def applied(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
     server, opened, contributors = state.server, found.opened, len(found.survivors)
     sums = dequantise(opened.coordinates, plan.packing.bits, server.bound, contributors)
     mean = sums * (plan.max_examples / opened.wides["weight"][0])
+    if plan.privacy is not None and plan.train.weight_decay:
+        # The gradient of the penalty is known to all, so it is not in the sum and costs no privacy.
+        mean = mean - server.parameters * (plan.train.lr * plan.train.weight_decay)
     moved = rules_of(plan.train).apply(plan, server, mean, Summed(contributors, found.round))
     over, over_half = opened.wides["over_range"][0], opened.wides["over_half_range"][0]
     values, first = contributors * plan.coordinates, server.first_bound

@@ -34,6 +34,7 @@ from fedcore.learning.local_round import SiteRound
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model, norm_statistics, seeded
 from fedcore.learning.own_statistics import average_own, use_own_statistics
+from fedcore.learning.private_gradients import clipped_sum
 from fedcore.learning.rules import rules_of
 from fedcore.learning.rules.parts import Values
 from fedcore.learning.saved import Module, model_bytes
@@ -45,8 +46,11 @@ from fedcore.learning.task import BUILT_IN, Task
 from fedcore.learning.training import TrainReport, predict, task_code
 from fedcore.learning.warm_start import start_from
 from fedcore.secagg.algorithms import refuse_own_train
+from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.encode.quantise import quantise
 from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, canonical
+from fedcore.secagg.privacy.mechanism import with_noise
+from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
 from fedcore.secagg.protocol.schedule import PlannedRound, released_round
 from fedcore.secagg.purposes import purpose_of
 from fedcore.seeds import generator
@@ -458,10 +462,11 @@ class SiteTrainer:
         """The content of this site's vector for a step of the job, from the state it starts from.
 
         record: of this site's guard, which judges that state first and leaves its new memory there; None:
-        it is not judged. Raises GuardTripped.
+        it is not judged. Nor is it in a job with privacy: leaving would tell of the rows, without noise, and what
+        the guard protects is bounded there. Raises GuardTripped.
         """
         purpose = purpose_of(step.purpose)
-        if record is not None and purpose.measures:
+        if record is not None and purpose.measures and plan.privacy is None:
             guard = self.guard(plan, state)
             guard.rules, guard.memory = record.rules, record.memory
             try:
@@ -485,6 +490,8 @@ class SiteTrainer:
 
     def update(self, plan: RoundPlan, step: PlannedRound, state: JobState) -> Contribution:
         """The quantised weighted update and what rides with it."""
+        if plan.privacy is not None:
+            return self._private_update(plan, plan.privacy, step, state)
         with self.watch("train"):
             update = self.train(plan, state, step.training_round)
         with self.watch("encode"):
@@ -500,8 +507,32 @@ class SiteTrainer:
             **self.metric_sums(step, state),
         }
 
-    def metrics(self, step: PlannedRound, state: JobState) -> Contribution:
-        """The metric sums of the model that the step starts from."""
+    def _private_update(
+        self, plan: RoundPlan, privacy: PrivacyPlan, step: PlannedRound, state: JobState
+    ) -> Contribution:
+        """The sum of clipped gradients with this site's noise in it. What rides with it tells nothing of the rows."""
+        rows, seed = self.standard_rows(state).train, self.job.run.seed
+        self.flat.write(state.server.model)
+        with self.watch("train"):
+            total, self.report = clipped_sum(
+                self.task, self.flat.module, rows, clip=privacy.clip, unit=privacy.unit,
+                seed=seed, round_=step.training_round, site=self.site.id,
+            )  # fmt: skip
+        with self.watch("encode"):
+            rounding = generator(seed, step.training_round, self.site.id, "rounding")
+            fields = with_noise(total, plan, rounding, OsEntropy())
+        return fields, {
+            "weight": [plan.max_examples],
+            "over_range": [0],
+            "over_half_range": [0],
+            EXCEEDS: [0],
+            **self.transport.sums(None),
+        }
+
+    def metrics(self, plan: RoundPlan, step: PlannedRound, state: JobState) -> Contribution:
+        """The metric sums of the model that the step starts from; zeros in a job with privacy."""
+        if plan.privacy is not None:
+            return NO_COORDINATES, self.transport.sums(None)
         return NO_COORDINATES, self.metric_sums(step, state)
 
     def metric_sums(self, step: PlannedRound, state: JobState) -> Mapping[str, list[int]]:

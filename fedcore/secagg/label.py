@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from fedcore.secagg.algorithms import LEAST_THRESHOLD, algorithm_of, keeps_of, refuse_threshold
 from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
+from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
 from fedcore.secagg.protections import MIN_SITES, Protection, refuse_roster
 from fedcore.secagg.purposes import leaving
 from fedcore.types import SiteId
@@ -45,8 +46,10 @@ class Terms:
     statistics: how tables are scaled: by their declared ranges ("ranges", nothing travels), or by sums
     over all sites ("federated"). single_site_features: whether a feature that fewer than 3 sites have is
     taken. second_block: whether a vector holds another combination of what the update was made of, so that a sum is two
-    equations about the same updates. Raises PlanRefused for a threshold outside (n/2, n], or a roster the protection
-    does not take, and as `algorithms.refuse_threshold`.
+    equations about the same updates. privacy: of a job with noise in its sums.
+
+    Raises PlanRefused for a threshold outside (n/2, n], or a roster the protection does not take, and as
+    `algorithms.refuse_threshold`.
     """
 
     protection: str
@@ -58,6 +61,7 @@ class Terms:
     statistics: str = "ranges"
     single_site_features: bool = False
     second_block: bool = False
+    privacy: PrivacyPlan | None = None
 
     def __post_init__(self) -> None:
         refuse_roster(self.count, self.protection)
@@ -82,20 +86,27 @@ class Terms:
         return cls(
             protection=plan.protection, sites=plan.sites, threshold=plan.threshold, cipher=plan.cipher,
             public_metrics=plan.public_metrics, release=plan.release,
-            statistics=plan.standardise, second_block=len(plan.blocks) > 1,
+            statistics=plan.standardise, second_block=len(plan.blocks) > 1, privacy=plan.privacy,
         )  # fmt: skip
 
     @classmethod
     def of_job(cls, job: Job, sites: int | tuple[SiteId, ...]) -> Terms:
         """Those of a job on a roster, known without rows and without the model. A job does not say whether
         its task has a table; the terms are those of one that has."""
-        protect = job.protect
+        protect, private = job.protect, job.privacy
+        privacy = None
+        if private.epsilon is not None:
+            privacy = PrivacyPlan.calibrated(
+                private.epsilon, private.delta, job.round.rounds,
+                clip=private.clip, unit=private.unit, colluders=private.colluders,
+            )  # fmt: skip
         return cls(
             protection=protect.protection, sites=sites, threshold=protect.threshold or 0,
             cipher=protect.cipher,
             public_metrics=job.track.public_metrics, release=protect.release,
             statistics=job.train.standardise, single_site_features=protect.single_site_features,
             second_block=bool(algorithm_of(job.train.algorithm).second_block),
+            privacy=privacy,
         )  # fmt: skip
 
 
@@ -141,12 +152,28 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
     if terms.second_block and layers.protects:
         lines[-1] += f" {_TWO_BLOCKS}"
     lines += _statistics(terms, few_sites)
+    if terms.privacy is not None:
+        return "\n".join([*lines, _bounded(terms.privacy, terms.threshold)])
     lines.append(
         "Not bounded by any of this: what the released model itself reveals about training rows; what a "
         "row that changes between two jobs, or a site that is absent from one of two rounds, shows in the "
         "difference of their sums and models; only differential privacy bounds that."
     )
     return "\n".join(lines)
+
+
+def _bounded(privacy: PrivacyPlan, threshold: int) -> str:
+    """What differential privacy bounds, for whom, and what it does not."""
+    whose = "record" if privacy.unit == "record" else "group of rows (one person) at one site"
+    alone = "any other site" if privacy.colluders else "anyone outside the federation"
+    return (
+        f"Bounded by differential privacy, against the coordinator, {alone} and whoever gets the model: what all sums "
+        f"and models of this job together tell of one {whose} among the training rows: epsilon {privacy.epsilon:g} at "
+        f"delta {privacy.delta:g}, adding or removing one (Gaussian noise, multiplier {privacy.noise_multiplier:g}, in "
+        f"every sum; clip norm {privacy.clip:g}; it holds if {threshold - privacy.colluders} sites of a sum add their "
+        "noise and keep it to themselves). Not bounded: that a site takes part, and what other jobs over the same rows "
+        "tell besides."
+    )
 
 
 def _statistics(terms: Terms, few_sites: Sequence[str] | None) -> list[str]:

@@ -13,6 +13,7 @@ from functools import cached_property
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.secagg import algorithms, protections
 from fedcore.secagg.packing import Packing, Ring
+from fedcore.secagg.privacy.privacy_plan import NoiseGrid, PrivacyPlan, solve_grid
 from fedcore.secagg.protections import Protection, has_lattice
 from fedcore.types import Json, SiteId
 
@@ -128,6 +129,9 @@ class TrainPlan:
     initial: SHA-256 hex of the released model that a simulation begins with, as a run prints it; "" for the one
     that every site makes from the seed. algorithm: one of `algorithms.ALGORITHMS`. feddyn_alpha: alpha of FedDyn.
     ditto_lambda: lambda of Ditto. local_parameters: names or patterns of what stays at each site (FedPer, FedBN).
+    privacy: of a job whose sums have noise in them: each vector is then the sum of clipped gradients of the site's
+    training rows, and a round is one step; None without.
+
     Raises BadInput for a decay without a schedule that uses it, and the reverse, and as `algorithms.refuse_training`.
     """
 
@@ -148,6 +152,7 @@ class TrainPlan:
     feddyn_alpha: float = 0.01
     ditto_lambda: float = 0.1
     local_parameters: tuple[str, ...] = ()
+    privacy: PrivacyPlan | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "local_parameters", tuple(self.local_parameters))  # of JSON
@@ -235,6 +240,7 @@ UNCHANGED_TRAINING: Json = {
     "proximal_mu": 0.0, "max_grad_norm": None, "lr_schedule": "constant", "lr_decay": 1.0,
     "lr_step_rounds": None, "warmup_rounds": 0, "initial": "", "algorithm": "averaging", "feddyn_alpha": 0.01,
     "ditto_lambda": 0.1, "local_parameters": (),
+    "privacy": None,
 }  # fmt: skip
 """Values of a TrainPlan that are left out where they travel: a job without these settings has the same digest
 as before there were any."""
@@ -328,6 +334,77 @@ class RoundPlan:
             algorithms.refuse_threshold(self.threshold, len(self.sites))
         if self.standardise not in STANDARDISE:
             raise UnknownName("train.standardise", self.standardise, STANDARDISE)
+        if self.privacy is not None:
+            self._check_for_privacy()
+            self._check_privacy(self.privacy)
+
+    def with_privacy(self, privacy: PrivacyPlan) -> RoundPlan:
+        """This plan, with noise in its sums and the range that goes with it. Raises PlanRefused."""
+        self._check_for_privacy()
+        train = replace(self.train, privacy=privacy)
+        return replace(self, train=train, range=self._private_range(privacy))
+
+    def _check_for_privacy(self) -> None:
+        """Raise PlanRefused for what would leave without noise, or would have no effect."""
+        train, masks = self.train, self.layers.masks
+        rules = algorithms.algorithm_of(train.algorithm)
+        plain = not (rules.second_block or rules.keeps or rules.own_loop)
+        for setting, found, expected, why in (
+            ("protect.protection", self.protection, self.protection if masks else "layered or masked",
+             "only masks keep a vector with one site's share of the noise from being seen alone"),
+            ("train.standardise", self.standardise, "ranges", "exact sums of columns have no noise"),
+            ("track.public_metrics", self.public_metrics, False, "exact sums of metrics have no noise"),
+            ("train.algorithm", train.algorithm, train.algorithm if plain else "averaging",
+             "its rules are of steps at the sites, and of vectors without noise"),
+            ("train.local_parameters", train.local_parameters, (), "every parameter is in the clipped gradients"),
+            ("train.epochs", train.epochs, 1, "a round is one step along the gradients of all rows"),
+            ("train.optimiser", train.optimiser, "sgd", "a round is one step, by the server's optimiser"),
+            ("train.momentum", train.momentum, 0.0, 'round.server = "fedavgm" has momentum'),
+            ("train.proximal_mu", train.proximal_mu, 0.0, "one step leads nowhere to be pulled back from"),
+            ("train.max_grad_norm", train.max_grad_norm, None, "privacy.clip is the norm of each row's gradient"),
+            ("train.lr_schedule", train.lr_schedule, "constant", "the grid of the sum is fixed"),
+            ("train.warmup_rounds", train.warmup_rounds, 0, "the grid of the sum is fixed"),
+            ("model", f"{self.buffer_coordinates} buffer coordinates", "0 buffer coordinates",
+             "running statistics (BatchNorm) mix rows, so no row has a gradient of its own: use GroupNorm or "
+             "LayerNorm"),
+        ):  # fmt: skip
+            if found != expected:
+                raise PlanRefused(
+                    f"{setting}: found {found} with privacy.epsilon, expected {expected}",
+                    remedy=why,
+                )
+
+    def _check_privacy(self, privacy: PrivacyPlan) -> None:
+        """Raise PlanRefused where noise, range and room do not go together."""
+        expected = self._private_range(privacy)
+        if self.range != expected:
+            raise PlanRefused(
+                f"range: found {self.range.start}, expected {expected.start}, the fixed one of the noise's grid"
+            )
+
+    @cached_property
+    def noise_grid(self) -> NoiseGrid:
+        """The grid of the vectors of a plan with privacy. Raises PlanRefused."""
+        assert self.privacy is not None
+        return self._grid(self.privacy)
+
+    def _grid(self, privacy: PrivacyPlan) -> NoiseGrid:
+        return solve_grid(
+            privacy, coordinates=self.coordinates, shares=self.threshold,
+            units=self.max_examples, bits=self.packing.bits,
+        )  # fmt: skip
+
+    def _private_range(self, privacy: PrivacyPlan) -> RangePlan:
+        """The fixed range whose steps are those of the grid, where a site's vector is its sum of gradients times
+        `lr / max_examples`: the mean of these over the sites is the step, divided by a number that is public."""
+        privacy.check(
+            rounds=self.rounds, values=self.coordinates * len(self.sites), shares=self.threshold,
+            units=self.max_examples * len(self.sites),
+        )  # fmt: skip
+        grid = self._grid(privacy)
+        step = privacy.clip * self.train.lr / (grid.clip_units * self.max_examples)
+        start = step * ((1 << (self.packing.bits - 1)) - 1)
+        return RangePlan(start, min(start, 2.0**-20), max(start, 2.0**10), adaptive=False)
 
     def _check_ring(self) -> None:
         """The packing has a ring exactly where vectors are ciphertexts of one."""
@@ -353,6 +430,11 @@ class RoundPlan:
     @property
     def layers(self) -> Protection:
         return Protection.of(self.protection)
+
+    @property
+    def privacy(self) -> PrivacyPlan | None:
+        """`TrainPlan.privacy`."""
+        return self.train.privacy
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -452,11 +534,12 @@ class RoundPlan:
             if fields.pop("version") != PLAN_VERSION:
                 raise ValueError
             packing = dict(value["packing"])
-            ring = packing["ring"]
+            ring, privacy = packing["ring"], value["train"].get("privacy")
+            private = None if privacy is None else PrivacyPlan(**privacy)
             parts = {
                 "sites": tuple(value["sites"]),
                 "packing": Packing(**packing | {"ring": Ring(**ring) if ring else None}),
-                "train": TrainPlan(**value["train"]),
+                "train": TrainPlan(**value["train"] | {"privacy": private}),
                 "server": ServerPlan(**value["server"]),
                 "range": RangePlan(**value["range"]),
                 "metric_sums": tuple(Wide(**wide) for wide in value["metric_sums"]),

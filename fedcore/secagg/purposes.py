@@ -54,6 +54,10 @@ class Purpose:
 
 
 _TEST = "the sums of this site's metrics on its test rows"
+_WITH_NOISE = (
+    "the sum of the clipped gradients of this site's training rows with this site's share of the noise in it, and "
+    "zeros in the place of counts and metrics"
+)
 
 
 def _times(rounds: int) -> str:
@@ -92,7 +96,7 @@ PURPOSES = {
             leaving=lambda job, terms: (
                 "range (one sum): how many coordinates of this site's first update exceed each of 24 "
                 "powers of two"
-                if job.protect.range is None
+                if job.protect.range is None and terms.privacy is None
                 else ""
             ),
             needed=True,
@@ -104,7 +108,9 @@ PURPOSES = {
             contribute=lambda site, plan, step, state: site.update(plan, step, state),
             apply=applied,
             leaving=lambda job, terms: (
-                f"update ({_times(job.round.rounds)}): how training here changed the parameters of the "
+                f"update ({_times(job.round.rounds)}): {_WITH_NOISE}"
+                if terms.privacy is not None
+                else f"update ({_times(job.round.rounds)}): how training here changed the parameters of the "
                 f"model, {_second_block(job)}the number of training rows, how many coordinates exceed the range, and "
                 + _TEST
             ),
@@ -113,11 +119,15 @@ PURPOSES = {
         ),
         Purpose(
             "metrics",
-            rounds=lambda plan, columns: range(plan.rounds + 1, plan.rounds + 2),
+            rounds=lambda plan, columns: range(
+                plan.rounds + 1, plan.rounds + (1 if plan.privacy is not None else 2)
+            ),
             vector=lambda plan, columns: plan.metrics_vector,
-            contribute=lambda site, plan, step, state: site.metrics(step, state),
+            contribute=lambda site, plan, step, state: site.metrics(plan, step, state),
             apply=measured,
-            leaving=lambda job, terms: f"metrics (one sum, after the last round): {_TEST}",
+            leaving=lambda job, terms: (
+                f"metrics (one sum, after the last round): {_TEST}" if terms.privacy is None else ""
+            ),
             measures=True,
         ),
     )

@@ -317,7 +317,7 @@ def test_every_setting_of_training_is_in_the_plan_that_sites_check():
         {"local_parameters": ("weight",)},
     ]  # fmt: skip
     of_algorithms = {name for each in algorithms for name in each}
-    assert later.keys() | of_algorithms == UNCHANGED_TRAINING.keys() - {"initial"}
+    assert later.keys() | of_algorithms == UNCHANGED_TRAINING.keys() - {"initial", "privacy"}
     for each in (later, *algorithms):
         found = plan(**each)
         assert found.to_json()["train"].items() >= each.items()
@@ -325,7 +325,7 @@ def test_every_setting_of_training_is_in_the_plan_that_sites_check():
     for setting in ("proximal_mu", "max_grad_norm", "warmup_rounds"):
         assert plan(**{setting: later[setting]}).digest != plan().digest
     names = {each.name for each in fields(TrainPlan)}
-    assert names - {"initial"} == set(TrainSection.model_fields) - {"standardise"}
+    assert names - {"initial", "privacy"} == set(TrainSection.model_fields) - {"standardise"}
 
 
 def test_every_constant_of_the_server_is_in_the_plan_that_sites_check():
