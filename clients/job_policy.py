@@ -32,6 +32,8 @@ class JobPolicy:
     ) -> None:
         self._policy, self._ledger, self._sites = policy, ledger, sites
         self._refused: PolicyRefused | None = None
+        self._rows = self._job = ""
+        """The ledger's digest of the job's rows, and the job; empty before they were loaded."""
         if sites.get(me) != key:
             found = "another key" if me in sites else "no key"
             self._refused = PolicyRefused(
@@ -50,9 +52,20 @@ class JobPolicy:
         return self._refused or self._now().on_offer(offer)
 
     def on_plan(self, plan: RoundPlan) -> PolicyRefused | None:
-        return self._refused or self._now().on_plan(plan)
+        return self._refused or self._now().on_plan(plan) or self._on_budget(plan)
+
+    def _on_budget(self, plan: RoundPlan) -> PolicyRefused | None:
+        """Refuse a job whose rounds would spend more of its rows' privacy than the policy allows."""
+        if plan.privacy is None or not self._rows:
+            return None
+        spent = self._ledger.spends(self._rows)
+        mine = {each.training_round for each in spent if each.job == self._job}
+        left = max(0, plan.rounds - len(mine))
+        return self._policy.on_spend(plan.privacy, left, spent)
 
     def on_release(self, what: Release) -> PolicyRefused | None:
+        if isinstance(what, RowsInSum):
+            self._rows, self._job = what.rows, what.job
         refused = self._refused or self._now().on_release(what)
         if refused is None and isinstance(what, RowsInSum) and what.job not in what.before:
             refused = self._on_roster(what.before)

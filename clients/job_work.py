@@ -16,6 +16,7 @@ from fedcore_clients.audited import file_event, message_facts
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.offers import About, is_approved, job_of
 from fedcore_clients.policy import PolicySection
+from fedcore_clients.privacy_limits import Spend
 from fedcore_clients.round_work import RoundWork
 from fedcore_clients.session import Offline, Session
 from fedcore_clients.state_files import StateFiles, state_folder
@@ -29,13 +30,13 @@ from fedcore.learning.state import JobState
 from fedcore.secagg.algorithms import is_personal
 from fedcore.secagg.crypto.entropy import OsEntropy
 from fedcore.secagg.crypto.sumtag import GROUP_SECRET_BYTES, GroupSecret, state_mac
-from fedcore.secagg.plan import canonical
+from fedcore.secagg.plan import RoundHeader, canonical
 from fedcore.secagg.protocol import job_messages, messages, schedule
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.machine import Parts, SiteJob
-from fedcore.secagg.protocol.job.site.participation import problem_of
+from fedcore.secagg.protocol.job.site.participation import problem_of, require
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.purposes import trains
 from fedcore.secagg.scheme import EpochSecrets
@@ -170,6 +171,7 @@ class JobWork:
             step = schedule.PlannedRound(header.purpose, header.training_round)
             self.link.doing(self.id, "training" if trains(step.purpose) else "evaluating")
             self.guard.kept = await asyncio.to_thread(self._kept)
+            await asyncio.to_thread(self._spend, work, header)
             found = await self.contributor.contribute(
                 self.id, work.agreed.plan, step, work.state, self.guard
             )
@@ -191,6 +193,18 @@ class JobWork:
             event = failed(error, events.WITHHELD, job_messages.UNABLE)
         await self._not_before(began, "making a vector")
         return event
+
+    def _spend(self, work: RoundWork, header: RoundHeader) -> None:
+        """Record what this round's vector costs of its rows' privacy, on disk, before it is made. Raises PolicyRefused
+        where it is more than the policy allows, and StoreProblem."""
+        privacy, ledger, rows = work.agreed.plan.privacy, self.context.ledger, self.job.part.rows
+        if privacy is None or not trains(header.purpose):
+            return
+        spend = Spend.of(header, rows, privacy)
+        before = ledger.spends(rows)
+        if all(each.header != spend.header for each in before):
+            require(self.context.policy.on_spend(privacy, 1, before))
+        ledger.spend(spend)
 
     def _protected(
         self, work: RoundWork, asked: effects.MakeVector, found: Contribution

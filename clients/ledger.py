@@ -8,7 +8,8 @@ leaves an entry of a sum that was not exposed, never a sum without an entry. Wha
 
 Entries are keyed by a digest of the rows: HMAC-SHA256 under a key derived from the site's identity, over the digest
 that the training process computes. It does not leave the site; without the key guesses of rows cannot be tested
-against it. Query and privacy budgets are counted here.
+against it. Query and privacy budgets are counted here: a vector with noise in it has a line `spent`
+(`privacy_limits.py`), flushed before the vector is made.
 With a keystore each line is encrypted for its own place. Not detected: that the last lines are missing.
 """
 
@@ -21,11 +22,14 @@ import hmac
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
+
+from fedcore_clients.privacy_limits import Spend
 
 from fedcore.errors import EnvelopeRefused, StoreProblem
 from fedcore.files import write_atomic
@@ -114,6 +118,9 @@ class Ledger:
         """By rows: the jobs, and when each last had a sum over them."""
         self._handle = -1
         self._size = 0
+        self._spends: dict[str, Spend] = {}
+        self._lock = threading.Lock()
+        """Spends are appended in the thread that makes a vector, exposures in others."""
 
     @classmethod
     def open(cls, folder: Path, identity: IdentityKey, sealer: RowSealer | None = None) -> Self:
@@ -127,7 +134,7 @@ class Ledger:
             sync_folder(folder)
             data = path.read_bytes()
         try:
-            entries, found._size = _parsed(path, data, sealer)
+            entries, found._spends, found._size = _parsed(path, data, sealer)
             found._lines = data.count(b"\n")
             for each in entries.values():
                 found._keep(each)
@@ -161,6 +168,16 @@ class Ledger:
         elif entry.survivors and not known.survivors:
             self._add(known, survivors=entry.survivors)
 
+    def spend(self, entry: Spend) -> None:
+        """Record what a vector will cost, and flush it to disk; once for each header. Raises StoreProblem."""
+        if entry.header not in self._spends:
+            self._append({"spent": entry.to_json()}, sync=True)
+            self._spends[entry.header] = entry
+
+    def spends(self, rows: str) -> list[Spend]:
+        """What was spent of these rows."""
+        return [each for each in tuple(self._spends.values()) if each.rows == rows]
+
     def certified(self, header: str, certificate: str) -> None:
         """A sum of the ledger was released under this certificate. Raises StoreProblem."""
         known = self._entries.get(header)
@@ -179,8 +196,8 @@ class Ledger:
         jobs[entry.job] = max(entry.at, jobs.get(entry.job, 0.0))
 
     def _append(self, line: Json, *, sync: bool) -> None:
-        data = _line(json.dumps(line, allow_nan=False).encode(), self._lines + 1, self._sealer)
-        with refusals("ledger", self._path):
+        with self._lock, refusals("ledger", self._path):
+            data = _line(json.dumps(line, allow_nan=False).encode(), self._lines + 1, self._sealer)
             try:
                 written = os.pwrite(self._handle, data, self._size)
                 if written != len(data):
@@ -191,8 +208,8 @@ class Ledger:
                 with contextlib.suppress(OSError):
                     self._cut()
                 raise
-        self._size += len(data)
-        self._lines += 1
+            self._size += len(data)
+            self._lines += 1
 
     def _cut(self) -> None:
         """Truncate the file after the last whole line."""
@@ -312,10 +329,11 @@ def seal_ledger(folder: Path, sealer: RowSealer) -> bool:
 
 def _parsed(
     path: Path, data: bytes, sealer: RowSealer | None = None
-) -> tuple[dict[str, Exposure], int]:
-    """The entries, and the length of all whole lines."""
+) -> tuple[dict[str, Exposure], dict[str, Spend], int]:
+    """The entries, what was spent, and the length of all whole lines."""
     whole = data[: data.rfind(b"\n") + 1]
     entries: dict[str, Exposure] = {}
+    spends: dict[str, Spend] = {}
     if whole and (_LIKE_SEALED.match(whole) is not None) != (sealer is not None):
         found = "in clear" if sealer is not None else "encrypted"
         raise StoreProblem(
@@ -326,14 +344,19 @@ def _parsed(
         )
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            _read_line(entries, json.loads(_text(line, number, sealer)))
+            about = json.loads(_text(line, number, sealer))
+            if "spent" in about:
+                spend = Spend(**about["spent"])
+                spends[spend.header] = spend
+            else:
+                _read_line(entries, about)
         except (ValueError, KeyError, TypeError, EnvelopeRefused) as error:
             raise StoreProblem(
                 f"ledger {path}: found line {number} damaged, expected an entry",
                 remedy="restore ledger.jsonl from a backup: without it this site does not know what it "
                 "has given, and must give nothing",
             ) from error
-    return entries, len(whole)
+    return entries, spends, len(whole)
 
 
 def _read_line(entries: dict[str, Exposure], line: Mapping[str, Any]) -> None:
@@ -352,12 +375,21 @@ def _tuples(about: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_ledger(folder: Path, sealer: RowSealer | None = None) -> list[Exposure]:
     """The entries of a folder's ledger, the oldest first; nothing is locked or changed. Raises StoreProblem."""
+    return list(_read(folder, sealer)[0].values())
+
+
+def read_spends(folder: Path, sealer: RowSealer | None = None) -> list[Spend]:
+    """What a folder's ledger has of privacy that was spent, the oldest first; as `read_ledger`."""
+    return list(_read(folder, sealer)[1].values())
+
+
+def _read(folder: Path, sealer: RowSealer | None) -> tuple[dict[str, Exposure], dict[str, Spend]]:
     path = folder / LEDGER_FILE
     if not path.is_file():
-        return []
+        return {}, {}
     with refusals("ledger", path):
         data = path.read_bytes()
-    return list(_parsed(path, data, sealer)[0].values())
+    return _parsed(path, data, sealer)[:2]
 
 
 def ledger_lines(entries: Sequence[Exposure]) -> Iterator[str]:

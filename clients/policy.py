@@ -16,13 +16,14 @@ from operator import gt, lt, ne
 from typing import Annotated, Any, Literal
 
 from fedcore_clients.hours import Hours
-from fedcore_clients.resources import MachineSection
+from fedcore_clients.privacy_limits import PrivacyLimits, Spend, cost_of, total_epsilon
 from pydantic import Field, StrictBool, field_validator
 
 from fedcore.config import TrainSection, build_job, read_settings
 from fedcore.errors import BadInput, PolicyRefused, Refused
 from fedcore.secagg.label import Terms
 from fedcore.secagg.plan import RoundPlan, TrainPlan, default_threshold
+from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
 from fedcore.secagg.protections import MAX_MASKED_SITES, Protection
 from fedcore.secagg.protocol.job.site.participation import Release, RowsInSum
 from fedcore.secagg.protocol.job_messages import JobOffer
@@ -38,7 +39,7 @@ Ciphers = Literal["bfv", "keystream"]
 Bound = Literal["one of", "at least", "at most", "wider"]
 
 
-class PolicySection(MachineSection):
+class PolicySection(PrivacyLimits):
     """policy.toml, or [policy]: what jobs may ask of this site. The defaults of its keys are the narrow side.
 
     least_threshold: t, in sites; None is the default for the roster, floor(2n/3) + 1. minimum_sites: of
@@ -161,11 +162,44 @@ class SitePolicy:
         except Refused as refused:
             return PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy)
         needed = [name for name, each in PURPOSES.items() if each.leaving(job, terms)]
-        return self._refused(asked) or self._on_fields(needed)
+        return self._refused(asked) or self._on_privacy(terms) or self._on_fields(needed)
 
     def on_plan(self, plan: RoundPlan) -> PolicyRefused | None:
         """Why a plan is refused, whatever the job's settings were."""
-        return self._refused(_Asked(Terms.of_plan(plan), plan.rounds, plan.train))
+        terms = Terms.of_plan(plan)
+        return self._refused(_Asked(terms, plan.rounds, plan.train)) or self._on_privacy(terms)
+
+    def on_spend(
+        self, privacy: PrivacyPlan, rounds: int, before: Sequence[Spend]
+    ) -> PolicyRefused | None:
+        """Why so many rounds may not be added to what was spent of the same rows. before: these spends."""
+        most, delta = self.rules.lifetime_epsilon, self.rules.lifetime_delta
+        if most is None:
+            return None
+        units = {each.unit for each in before} - {privacy.unit}
+        if units:
+            return self._refusal(
+                "privacy.unit", privacy.unit, f"{units.pop()} as in earlier jobs over the same rows", "lifetime_epsilon"
+            )  # fmt: skip
+        total = total_epsilon(before, delta, cost_of(privacy, rounds))
+        if total <= most:
+            return None
+        spent = total_epsilon(before, delta)
+        return self._refusal(
+            "privacy.epsilon",
+            f"{total:.4g} for the same rows, {spent:.4g} of it spent, at delta {delta:g}",
+            f"{most:g} or less", "lifetime_epsilon",
+        )  # fmt: skip
+
+    def _on_privacy(self, terms: Terms) -> PolicyRefused | None:
+        """Refuse a job without privacy where the policy limits it, and one that asks for more than it allows."""
+        rules, privacy = self.rules, terms.privacy
+        for key in ("most_epsilon", "lifetime_epsilon"):
+            most = getattr(rules, key)
+            if most is not None and (privacy is None or privacy.epsilon > most):
+                found = "none" if privacy is None else privacy.epsilon
+                return self._refusal("privacy.epsilon", found, f"{most:g} or less", key)
+        return None
 
     def on_release(self, what: Release) -> PolicyRefused | None:
         """Why something may not leave this site now: the policy may have changed since the job began."""

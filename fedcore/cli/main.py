@@ -463,7 +463,12 @@ def reproduce(run: Annotated[Path, typer.Argument(help="A finished run or compar
     with closing(bar):
         found = again(run, on_begin=bar.begin, on_row=on_row, on_step=bar.step, on_tick=bar.tick)
     if found.same:
-        echo(f"same bits: model {found.model_sha256[0]}")
+        what = (
+            f"model {found.model_sha256[0]}"
+            if not found.except_for
+            else f"but for {found.except_for}"
+        )
+        echo(f"same bits: {what}")
         return
     echo(f"different: {found.difference}")
     for line in found.environment or ("nothing in the environment differs that is recorded",):

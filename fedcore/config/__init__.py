@@ -442,6 +442,7 @@ def narrowest_policy(job: Job, sites: int) -> Json:
         "statistics": job.train.standardise,
         "release": job.protect.release,
         "task_settings": bool(job.task_settings),
+        **({} if job.privacy.epsilon is None else {"most_epsilon": job.privacy.epsilon}),
     }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fedcore
+from fedcore.cli.reproduce import reproduce
 from fedcore.errors import RoundAbandoned
 from fedcore.experiment.loop import Experiment
 from fedcore.experiment.prepare import job_for, prepare
@@ -91,3 +92,17 @@ def test_run_prints_and_writes_what_is_bounded(tmp_path):
     assert "epsilon 3 at delta 1e-05" in plan["label"]
     assert 2.9 < plan["noise"]["epsilon"] <= 3
     assert plan["noise"]["sigma"] >= 4
+
+
+def test_reproduce_compares_everything_but_the_noise(tmp_path):
+    settings = {**SETTINGS, "rounds": 2, "arms": ["local_only", "federated"]}
+    fedcore.simulate("heart", out=tmp_path / "run", **settings)
+    found = reproduce(tmp_path / "run")
+    assert found.same, found.difference
+    assert found.model_sha256[0] != found.model_sha256[1]
+    assert "noise" in found.except_for
+    rounds = tmp_path / "run" / "rounds.jsonl"
+    rows = [json.loads(line) for line in rounds.read_text().splitlines()]
+    next(row for row in rows if row["arm"] == "local_only")["auc"] += 0.1
+    rounds.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "arm local_only: auc" in reproduce(tmp_path / "run").difference

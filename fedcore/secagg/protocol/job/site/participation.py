@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RowsInSum:
     """A job's rows were loaded, or are about to leave in a sum. before: the jobs that had a sum over the same rows
-    in the last 30 days."""
+    in the last 30 days. rows: what the ledger calls them."""
 
     job: str
     before: Collection[str]
+    rows: str = ""
 
 
 Release = Literal["model", "metrics"] | RowsInSum
@@ -167,7 +168,7 @@ class Participation:
     def check_rows(self) -> None:
         """Raise PolicyRefused where this site's rows are in enough jobs already."""
         before = self.me.ledger.jobs_over(self.rows)
-        require(self.me.policy.on_release(RowsInSum(self.job, before)))
+        require(self.me.policy.on_release(RowsInSum(self.job, before, self.rows)))
 
     def send_survey(self) -> SiteEffects:
         assert self.survey is not None

@@ -1,0 +1,264 @@
+"""What is spent of the privacy of a site's rows: on disk before a vector is made, never more than the policy allows."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+
+import pytest
+from fedcore_clients.ledger import LEDGER_FILE, Ledger, read_spends
+from fedcore_clients.privacy_limits import PrivacyLimits, Spend, spend_lines, total_epsilon
+from fedcore_clients.round_work import RoundWork
+from support.deployed_jobs import SITES, site_job
+from support.policies import begin, policy_of
+
+from fedcore.config import build_job, wire_settings
+from fedcore.errors import StoreProblem
+from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.secagg.plan import RoundHeader, canonical
+from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
+from fedcore.secagg.protocol import job_messages
+from fedcore.secagg.protocol.effects import MakeVector
+from fedcore.secagg.protocol.job.site.events import MessageReceived, VectorReady, WorkFailed
+
+ROWS, MORE = "a" * 64, "b" * 64
+IDENTITY = IdentityKey()
+
+
+def settings(**changes):
+    return wire_settings(
+        build_job(
+            {"max_examples": 64, "rounds": 4, "epsilon": 3, "protection": "masked", **changes}
+        )
+    )
+
+
+def spend(name="h1", rows=ROWS, job="j1", mu2=0.01, unit="record"):
+    return Spend(name, rows, job, 1, mu2, unit, 2e9)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with Ledger.open(tmp_path, IDENTITY) as opened:
+        yield opened
+
+
+# ------------------------------------------------------------------------------------- on disk
+
+
+def test_spends_of_one_vector_count_once_and_those_of_rows_add_up(tmp_path, ledger):
+    for each in (spend(), spend(), spend("h2", job="j2"), spend("h3", rows=MORE)):
+        ledger.spend(each)
+    assert ledger.spends(ROWS) == [spend(), spend("h2", job="j2")]
+    assert read_spends(tmp_path) == [spend(), spend("h2", job="j2"), spend("h3", rows=MORE)]
+    one, two = total_epsilon([spend()], 1e-5), total_epsilon(ledger.spends(ROWS), 1e-5)
+    assert one < two < 2 * one
+    assert two == pytest.approx(total_epsilon([spend(mu2=0.02)], 1e-5))
+
+
+def test_a_ledger_that_was_cut_anywhere_has_every_spend_that_returned(tmp_path):
+    """Crash points: the file ends after any byte of the last line; that spend had not returned."""
+    with Ledger.open(tmp_path, IDENTITY) as ledger:
+        ledger.spend(spend())
+        whole = (tmp_path / LEDGER_FILE).read_bytes()
+        ledger.spend(spend("h2"))
+    both = (tmp_path / LEDGER_FILE).read_bytes()
+    for end in range(len(whole), len(both) + 1):
+        (tmp_path / LEDGER_FILE).write_bytes(both[:end])
+        with Ledger.open(tmp_path, IDENTITY) as found:
+            assert len(found.spends(ROWS)) == (2 if end == len(both) else 1)
+
+
+def test_a_damaged_spend_is_refused_and_never_forgotten(tmp_path, ledger):
+    ledger.spend(spend())
+    path = tmp_path / LEDGER_FILE
+    path.write_bytes(path.read_bytes().replace(b'"mu2"', b'"mu3"'))
+    with pytest.raises(StoreProblem, match="found line 1 damaged"):
+        read_spends(tmp_path)
+
+
+def killed(folder, after, draws):
+    """Kill -9 a process that records spends and says so of each; (how many it said, how many are on disk)."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(reader)
+            with Ledger.open(folder, IDENTITY) as ledger:
+                number = len(ledger.spends(ROWS))
+                while True:
+                    ledger.spend(spend(f"h{number}"))
+                    os.write(writer, b".")  # from here on a chunk may have left
+                    number += 1
+        finally:
+            os._exit(1)
+    os.close(writer)
+    for _ in range(after):
+        os.read(reader, 1)
+    for _ in range(draws.randrange(2000)):  # anywhere between two spends, or within one
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    said = after
+    while part := os.read(reader, 4096):
+        said += len(part)
+    os.close(reader)
+    return said, len(read_spends(folder))
+
+
+def never_under_counts(folder, kills):
+    draws, told = random.Random(0), 0
+    for _ in range(kills):
+        said, on_disk = killed(folder, draws.randrange(1, 4), draws)
+        told += said
+        assert told <= on_disk <= told + kills, "at most one spend of each kill had not been told"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKILL")
+def test_ledger_never_under_counts_after_kill_9(tmp_path):
+    never_under_counts(tmp_path, 15)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKILL")
+def test_ledger_never_under_counts_in_1000_kills(tmp_path):
+    for number in range(50):
+        never_under_counts(tmp_path / str(number), 20)
+
+
+# --------------------------------------------------------------------------------- in a job
+
+
+def at_work(folder, plan_first=True, **rules):
+    """A site whose job has a plan; its contributor notes what the ledger held when it was asked."""
+    found = site_job(folder, settings(), protections=("masked",), **rules)
+    found.asked = []
+
+    async def contribute(*_):
+        found.asked.append(len(found.context.ledger.spends(found.job.part.rows)))
+
+    found.contributor.contribute = contribute
+    return found
+
+
+async def planned(found):
+    await begin(found)
+    plan = found.job.me.planner.plan(found.offer, found.job.part.survey)
+    await found.handle(MessageReceived(job_messages.PlanOffer("job", canonical(plan.to_json()))))
+    return found
+
+
+async def vector(found, number=1):
+    plan = found.job.parts.agreed.plan
+    header = RoundHeader(
+        "town", "job", 1, number, number, "update", SITES, "", 3, "masked", plan.digest
+    )
+
+    class Work(RoundWork):
+        def without_isolating_metrics(self, found, header):
+            return found
+
+        def protect(self, asked, found):
+            return [b"chunk"], b"", {}
+
+    found.work.round_work = lambda: Work("a", found.job.parts.agreed, None, None)
+    found.job.parts.rounds.announced = found.context.clock()
+    return await found.work.make_vector(MakeVector(header, SITES, b""))
+
+
+def test_spend_is_on_disk_before_the_rows_are_trained_on(tmp_path):
+    found = at_work(tmp_path)
+
+    async def play():
+        await planned(found)
+        return [await vector(found, number) for number in (1, 2, 2)]
+
+    events = asyncio.run(play())
+    assert all(isinstance(each, VectorReady) for each in events), events
+    assert found.asked == [1, 2, 2]  # a vector that is made again is the same round's
+    z = found.job.parts.agreed.plan.privacy.noise_multiplier
+    assert [each.mu2 for each in read_spends(tmp_path)] == [1 / z**2] * 2
+
+
+def test_job_that_would_overspend_is_refused_before_it_trains(tmp_path, caplog):
+    found = at_work(tmp_path, lifetime_epsilon=3.5)
+    rows = found.context.ledger.rows_key("0" * 64)
+    found.context.ledger.spend(spend(rows=rows, mu2=0.2))
+    asyncio.run(planned(found))
+    assert found.asked == []
+    assert "for the same rows" in caplog.text and "policy.lifetime_epsilon" in caplog.text
+    assert job_messages.SiteUnavailable("job", "a", "policy") in found.link.said
+
+
+def test_job_within_the_budget_is_not_refused(tmp_path, caplog):
+    found = at_work(tmp_path, lifetime_epsilon=3.5)
+    rows = found.context.ledger.rows_key("0" * 64)
+    found.context.ledger.spend(spend(rows=rows, mu2=0.001))
+    asyncio.run(planned(found))
+    assert found.job.part.refused is None, caplog.text
+
+
+def test_what_another_job_spent_meanwhile_stops_the_next_vector(tmp_path):
+    found = at_work(tmp_path, lifetime_epsilon=3.5)
+
+    async def play():
+        await planned(found)
+        first = await vector(found, 1)
+        found.context.ledger.spend(spend(rows=found.job.part.rows, job="j2", mu2=0.5))
+        return first, await vector(found, 2)
+
+    first, second = asyncio.run(play())
+    assert isinstance(first, VectorReady)
+    assert isinstance(second, WorkFailed)
+    assert found.asked == [1], "nothing was trained for it"
+    assert len(read_spends(tmp_path)) == 2, "and nothing spent"
+
+
+def test_job_that_began_is_not_refused_for_what_it_spent_itself(tmp_path):
+    """Its own rounds are not counted twice when it goes on in a new process."""
+    policy, plan = (
+        policy_of(4, lifetime_epsilon=3.0),
+        PrivacyPlan.calibrated(3.0, 1e-5, 4, clip=1.0, unit="record", colluders=1),
+    )
+    own = [spend(f"h{k}", mu2=1 / plan.noise_multiplier**2) for k in range(2)]
+    assert policy.on_spend(plan, 2, own) is None
+    assert policy.on_spend(plan, 3, own) is not None
+
+
+# --------------------------------------------------------------------------------- the policy
+
+
+@pytest.mark.parametrize("key", ["most_epsilon", "lifetime_epsilon"])
+def test_job_above_the_floor_of_a_policy_or_without_privacy_is_refused(key):
+    policy = policy_of(4, **{key: 2.0})
+    for changes, found in (({"epsilon": 3}, "3"), ({"epsilon": None}, "none")):
+        offer = job_messages.JobOffer("job", "bench", "0" * 64, canonical(settings(**changes)))
+        refused = policy.on_offer(offer)
+        assert f"privacy.epsilon: found {found}" in str(refused).replace("'", "")
+        assert f"policy.{key}" in str(refused)
+    offer = job_messages.JobOffer("job", "bench", "0" * 64, canonical(settings(epsilon=2)))
+    assert policy.on_offer(offer) is None
+
+
+def test_jobs_of_another_unit_are_not_added_up():
+    policy = policy_of(4, lifetime_epsilon=8.0)
+    plan = PrivacyPlan.calibrated(1.0, 1e-5, 4, clip=1.0, unit="record", colluders=1)
+    assert policy.on_spend(plan, 4, [spend()]) is None
+    assert "privacy.unit" in str(policy.on_spend(plan, 4, [spend(unit="column")]))
+
+
+def test_lines_name_rows_jobs_and_what_is_left():
+    found = [spend(), spend("h2"), spend("h3", job="j2")]
+    lines = list(spend_lines(found, PrivacyLimits(lifetime_epsilon=5)))
+    assert (
+        lines[0].startswith("rows aaaaaaaaaaaaaaaa: epsilon 0.6")
+        and " of 5 at delta 1e-05" in lines[0]
+    )
+    assert lines[1].startswith("  job j1: 2 vectors, epsilon ")
+    assert lines[2].startswith("  job j2: 1 vectors")
+    assert list(spend_lines([], PrivacyLimits())) == [
+        "no job with privacy had a vector of this site's rows"
+    ]
