@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import threading
 
 import pytest
 from fedcore_clients.ledger import LEDGER_FILE, Ledger, read_spends
@@ -70,6 +71,21 @@ def test_a_ledger_that_was_cut_anywhere_has_every_spend_that_returned(tmp_path):
         (tmp_path / LEDGER_FILE).write_bytes(both[:end])
         with Ledger.open(tmp_path, IDENTITY) as found:
             assert len(found.spends(ROWS)) == (2 if end == len(both) else 1)
+
+
+def test_spends_and_exposures_of_several_threads_are_all_on_disk(tmp_path, ledger):
+    """A vector's spend is appended in the thread that makes it, beside the exposures of other jobs."""
+
+    def record(number):
+        for k in range(25):
+            ledger.spend(spend(f"h{number} {k}"))
+
+    threads = [threading.Thread(target=record, args=(number,)) for number in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert len(read_spends(tmp_path)) == 200
 
 
 def test_a_damaged_spend_is_refused_and_never_forgotten(tmp_path, ledger):
