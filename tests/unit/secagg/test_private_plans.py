@@ -73,7 +73,7 @@ def test_plan_without_privacy_says_nothing_of_it():
         ({"standardise": "federated"}, "train.standardise"),
         ({"public_metrics": True, "protection": "masked"}, "track.public_metrics"),
         ({"epochs": 2}, "train.epochs"),
-        ({"algorithm": "scaffold"}, "train.algorithm"),
+        ({"algorithm": "scaffold", "threshold": 4}, "train.algorithm"),
         ({"algorithm": "feddyn"}, "train.algorithm"),
         ({"optimiser": "adam"}, "train.optimiser"),
         ({"momentum": 0.9}, "train.momentum"),
