@@ -23,12 +23,12 @@ import grpc
 import grpc.aio
 from fedcore_clients import app
 from fedcore_clients.app import Papers
+from fedcore_clients.channel import call_unary, open_channel
 from fedcore_clients.config import JOURNAL_FILE, SiteConfig, TaskSection, read_config
 from fedcore_clients.policy import SitePolicy
 from fedcore_clients.rate import limit_text
 from fedcore_clients.rosters import newest_roster, sites_text
 from fedcore_clients.sandbox import NONE_HINT, choose
-from fedcore_clients.session import call_unary, open_channel
 from fedcore_clients.status import runs
 
 from fedcore.cli.console import ago

@@ -13,12 +13,13 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from fedcore_clients.audited import file_event, message_facts
+from fedcore_clients.channel import Offline
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.offers import About, is_approved, job_of
 from fedcore_clients.policy import PolicySection
 from fedcore_clients.privacy_limits import Spend
 from fedcore_clients.round_work import RoundWork
-from fedcore_clients.session import Offline, Session
+from fedcore_clients.session import Session
 from fedcore_clients.state_files import StateFiles, state_folder
 from fedcore_clients.trainer import TrainingFailed
 
@@ -285,7 +286,7 @@ class JobWork:
             if chunks is not None:
                 return chunks
             with contextlib.suppress(Offline):
-                return await self.link.download(self.id, what, digest)
+                return await self.link.transfers.download(self.id, what, digest)
             await self._session_or_pause()
         raise Offline
 

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import grpc.aio
+from fedcore_clients.channel import Offline
 from fedcore_clients.next_key import key_in_use, next_key, take_next
-from fedcore_clients.session import Offline, Session
+from fedcore_clients.session import Session
 
 from fedcore.errors import BadInput, FedcoreError, printable
 from fedcore.files import write_atomic

@@ -1,9 +1,8 @@
 """The site's one connection: a session that is pushed to, and the transfers beside it.
 
 Connects, sends a hello, passes frames on, and reconnects with exponential backoff and jitter.
-Invariant: a channel is TLS to a coordinator whose certificate the authority issued for the name it is reached under;
-there is no plaintext, no other name, and no proxy that was not set. Nothing waits for a session: a message
-without one is lost, and the jobs resend after `on_connected`; a transfer raises Offline and is retried.
+Invariant: nothing waits for a session: a message without one is lost, and the jobs resend after `on_connected`; a
+transfer (transfers.py) raises Offline and is retried.
 """
 
 import asyncio
@@ -11,17 +10,19 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
+from fedcore_clients.channel import A, Offline, Q, call_unary, open_channel
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.leaving import Gate
 from fedcore_clients.rate import Pace
+from fedcore_clients.transfers import Transfers
 
 from fedcore.errors import (
     BadInput,
@@ -34,12 +35,9 @@ from fedcore.errors import (
 )
 from fedcore.identity.addresses import authority_of
 from fedcore.identity.kit import Kit
-from fedcore.identity.peer import CLIENT_ROLES, require_role
-from fedcore.identity.preflight import channel_target, preflight
-from fedcore.identity.proxies import Proxy
+from fedcore.identity.preflight import preflight
 from fedcore.secagg.protocol.job_messages import ToCoordinator
-from fedcore.store import container
-from fedcore.wire import calls, chunks, frames
+from fedcore.wire import calls, frames
 from fedcore.wire.limits import INLINE
 from fedcore.wire.records import TO_COORDINATOR, pack_record
 from fedcore.wire.refusals import told
@@ -67,59 +65,6 @@ ForJobs = (
     frames.TrailReceipt | frames.SecondProcess
 )  # fmt: skip
 """The frames that the session passes on."""
-
-Q = TypeVar("Q")
-A = TypeVar("A")
-
-
-def channel_credentials(kit: Kit) -> grpc.ChannelCredentials:
-    """TLS with this certificate, to holders of one of the same authority only. Raises CertificateRefused for a
-    coordinator's kit."""
-    require_role(kit.peer, CLIENT_ROLES)
-    return grpc.ssl_channel_credentials(
-        root_certificates=kit.authority_pem,
-        private_key=kit.key_pem.reveal(),
-        certificate_chain=kit.certificate_pem,
-    )
-
-
-def open_channel(
-    kit: Kit,
-    host: str,
-    port: int,
-    *,
-    proxy: Proxy | None = None,
-    options: Sequence[tuple[str, Any]] = (),
-    folder: Path | None = None,
-) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
-    """A channel to the coordinator, open inside `async with`; connecting begins with the first call.
-
-    proxy: None for none: gRPC does not look at the environment's `https_proxy`. options: further gRPC ones; folder:
-    of the socket on the way to a proxy. Raises BadInput for a malformed host or port, CertificateRefused.
-    """
-    authority_of(host, port)
-    credentials = channel_credentials(kit)
-
-    @contextlib.asynccontextmanager
-    async def opened() -> AsyncIterator[grpc.aio.Channel]:
-        with channel_target(host, port, proxy, options, folder) as (target, together):
-            async with grpc.aio.secure_channel(target, credentials, options=together) as channel:
-                yield channel
-
-    return opened()
-
-
-async def call_unary(
-    channel: grpc.aio.Channel, call: calls.Call[Q, A], asked: Q, seconds: float | None = None
-) -> A:
-    """The coordinator's answer to one request. Raises AioRpcError and MalformedMessage."""
-    begin: Any = channel.unary_unary(call.path)
-    answer = await begin(call.takes.pack(asked), timeout=seconds)
-    return call.gives.unpack(answer, sender="coordinator")
-
-
-class Offline(Exception):
-    """There is no session now: retry at the next one."""
 
 
 class _Presence:
@@ -159,10 +104,7 @@ class Session:
         self._channel: grpc.aio.Channel | None = None
         self._receipts: dict[bytes, asyncio.Future[frames.UploadReceipt]] = {}
         self._telling: dict[str, asyncio.TimerHandle] = {}
-        self._partial: dict[bytes, bytearray] = {}
-        """What came of the last download that broke off."""
-        self._begun = b""
-        """Digest of the last upload whose parts were sent: some of it may be there."""
+        self.transfers = Transfers(self._open, self._pace)
         self._turn = 0
         """Which of the addresses is connected or tried, counted on and on."""
         self.since: float | None = None
@@ -415,44 +357,13 @@ class Session:
             raise Offline
         if isinstance(source, Path):
             if size > INLINE:
-                await self._upload(frames.UploadStart(job, header, digest, size), source)
+                await self.transfers.upload(frames.UploadStart(job, header, digest, size), source)
                 return
             source = await asyncio.to_thread(source.read_bytes)
         await self._pace.sent(len(source))
         await self._inline(
             frames.SmallUpload(frames.UploadStart(job, header, digest, len(source)), source)
         )
-
-    async def _upload(self, start: frames.UploadStart, source: Path) -> None:
-        with self._of_the_session("upload"):
-            while True:
-                channel = self._open()
-                if start.digest == self._begun:  # else no part of it is there
-                    found = await call_unary(channel, calls.UPLOAD_OFFSET, start)
-                    if found.complete:
-                        return
-                    start = replace(start, offset=found.offset)
-                self._begun = start.digest
-                begin: Any = channel.stream_unary(calls.UPLOAD.path)
-                call = begin(_frames(start, source, self._pace))
-                receipt = calls.UPLOAD.gives.unpack(await call, sender="coordinator")
-                if receipt.complete:
-                    return
-
-    @contextlib.contextmanager
-    def _of_the_session(self, what: str) -> Iterator[None]:
-        """Raise Offline for a transfer that ended with the session or was ended by the coordinator. A closed channel
-        shows as a CancelledError, which is not a cancellation of this task."""
-        try:
-            yield
-        except grpc.aio.AioRpcError as error:
-            LOG.info("%s interrupted: %s", what, error.code().name.lower())
-            raise Offline from error
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            raise Offline from error
 
     async def _inline(self, frame: frames.SmallUpload) -> None:
         waiting = asyncio.get_running_loop().create_future()
@@ -463,35 +374,6 @@ class Session:
         receipt = await waiting
         if not receipt.complete:  # no room there now, or its round is over
             raise Offline
-
-    async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
-        """The chunks of a sum or a checkpoint; the download that broke off last is resumed. Raises Offline."""
-        data = self._partial.pop(digest, bytearray())
-        try:
-            with self._of_the_session("download"):
-                await self._download(frames.DownloadStart(job, what, digest, len(data)), data)
-        except Offline:
-            self._partial = {digest: data}
-            raise
-        return await asyncio.to_thread(container.from_bytes, bytes(data))
-
-    async def _download(self, start: frames.DownloadStart, into: bytearray) -> None:
-        call = calls.DOWNLOAD
-        begin: Any = self._open().unary_stream(call.path)
-        stream = begin(call.takes.pack(start))
-        incoming = None
-        async for raw in stream:
-            await self._pace.received(len(raw))
-            frame = call.gives.unpack(raw, sender="coordinator")
-            if incoming is None:
-                if not isinstance(frame, frames.DownloadHead) or frame.offset != start.offset:
-                    raise MalformedMessage(
-                        "download", found="another first frame", expected="its head",
-                        fault="coordinator",
-                    )  # fmt: skip
-                incoming = chunks.Incoming(frame, sender="coordinator")
-            else:
-                into += incoming.take(frame)
 
     def _open(self) -> grpc.aio.Channel:
         if self._channel is None:
@@ -504,12 +386,3 @@ async def send_frames(stream: Any, out: asyncio.Queue[bytes]) -> None:
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
         while True:
             await stream.write(await out.get())
-
-
-async def _frames(start: frames.UploadStart, path: Path, pace: Pace) -> AsyncIterator[bytes]:
-    """The upload's frames, read from disk in a thread one at a time, at the site's pace."""
-    with path.open("rb") as file:
-        parts = chunks.upload(start, file)
-        while (frame := await asyncio.to_thread(next, parts, None)) is not None:
-            await pace.sent(len(frame))
-            yield frame

@@ -32,7 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
-from fedcore_clients.session import channel_credentials
+from fedcore_clients.channel import channel_credentials
 from fedcore_server.operators import save_result
 from support.policies import WIDE
 from support.preloaded import preloaded

@@ -24,10 +24,10 @@ import shutil
 
 import numpy as np
 from fedcore_clients.bench_sites import Drawn
+from fedcore_clients.channel import Offline
 from fedcore_clients.context import SiteContext
 from fedcore_clients.job_runner import JobRunner as SiteRunner
 from fedcore_clients.ledger import Ledger, read_ledger
-from fedcore_clients.session import Offline
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.job_runner import JobRunner as CoordinatorRunner
 from support.policies import policy_of

@@ -11,8 +11,8 @@ import shutil
 
 import grpc.aio
 import pytest
+from fedcore_clients.channel import call_unary, open_channel
 from fedcore_clients.config import read_config
-from fedcore_clients.session import call_unary, open_channel
 from fedcore_clients.status import status_lines
 from fedcore_server.federation_views import sites_rows
 from fedcore_server.sessions import Sessions

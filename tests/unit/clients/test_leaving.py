@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 from fedcore_clients import job_gate, leaving
+from fedcore_clients.channel import Offline
 from fedcore_clients.config import read_config
 from fedcore_clients.explain import Explained, explain, explained_lines
 from fedcore_clients.job_gate import JobGate
 from fedcore_clients.leaving import OutgoingList
 from fedcore_clients.policy import PolicySection
-from fedcore_clients.session import Offline, Session
+from fedcore_clients.session import Session
 from pydantic import ValidationError
 from support.deployed_jobs import certificate, offered, plan_for, submitted
 from support.live_sessions import recorded

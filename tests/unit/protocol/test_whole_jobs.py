@@ -206,3 +206,32 @@ def test_a_site_whose_statement_came_after_the_certificate_says_where_it_stands(
     released(world)
     found = survivors(world)
     assert world.held and found[2] == "abcd" and found[5] == found[6] == "abcd"
+
+
+class CertifiedTwice(Jobs):
+    """Each certificate comes to b once more, as soon as b is in the round after it."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.last, self.repeated = None, []
+
+    def deliver(self, ends):
+        message = self.channels[ends][0]
+        super().deliver(ends)
+        if ends != (HUB, "b"):
+            return
+        if isinstance(message, messages.Certificate) and message not in self.repeated:
+            self.last = message
+        elif self.last is not None and self.parties["b"].job.parts.rounds.in_round:
+            self.channels[ends].appendleft(self.last)
+            self.repeated.append(self.last)
+            self.last = None
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_certificate_that_comes_again_in_the_next_round_does_not_end_it(seed):
+    """A site that had a new session just before the release is sent its certificate twice."""
+    world = CertifiedTwice(seed)
+    world.play()
+    assert released(world) == tuple((step, SITES) for step in STEPS)
+    assert len(world.repeated) == len(STEPS) - 1

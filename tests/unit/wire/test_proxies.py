@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import grpc
 import grpc.aio
 import pytest
-from fedcore_clients.session import open_channel
+from fedcore_clients.channel import open_channel
 from fedcore_server import tls
 
 from fedcore.errors import BadInput

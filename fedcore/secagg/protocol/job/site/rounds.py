@@ -140,8 +140,11 @@ class RoundDriver:
     def certified(self, certificate: messages.Certificate, now: float) -> SiteEffects:
         """Apply a release, or leave the round and catch up where this site has not opened the sum.
 
-        A sum that is being opened is finished first: its checks may still refuse the release.
+        A sum that is being opened is finished first: its checks may still refuse the release. That of the last release
+        may come again while the next round is under way: keys that were sent ahead let it begin at once.
         """
+        if self.in_round and certificate.hash == self.standing.certificate:
+            return
         same = self.is_round(certificate.header.digest)
         if same and isinstance(self.stage, site.Opening):
             self.early = certificate
