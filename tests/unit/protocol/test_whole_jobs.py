@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.whole_jobs import HUB, LIMITS, SITES, Hub, Jobs, Site
+from support.whole_jobs import HUB, LIMITS, SITES, Died, Hub, Jobs, Site
 
 from fedcore.secagg.protocol import job_messages, messages
 from fedcore.secagg.protocol.effects import OpenSum, Send
@@ -235,3 +235,28 @@ def test_a_certificate_that_comes_again_in_the_next_round_does_not_end_it(seed):
     world.play()
     assert released(world) == tuple((step, SITES) for step in STEPS)
     assert len(world.repeated) == len(STEPS) - 1
+
+
+class EndsAtReleases(Hub):
+    """A coordinator whose process ends as soon as a release is on its disk, before anybody is told."""
+
+    def __init__(self, world, name):
+        self.gone = []
+        super().__init__(world, name)
+
+    def obey(self, effect):
+        super().obey(effect)
+        stage = self.stage()
+        if isinstance(stage, coordinator.Released) and stage.round not in self.gone:
+            self.gone.append(stage.round)
+            raise Died(self.name)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_coordinator_that_ends_at_a_release_waits_for_no_status_of_the_sites(seed):
+    """They sent keys ahead and signed: they send no status, and the new process knows what that means."""
+    world = Jobs(seed)
+    world.parties[HUB] = EndsAtReleases(world, HUB)
+    world.play()
+    assert released(world) == tuple((step, SITES) for step in STEPS)
+    assert len(world.parties[HUB].gone) == len(STEPS)

@@ -281,7 +281,9 @@ class JobMachine:
                 self.rounds.submitted(name, message)
                 self.take_upload(name)
             case messages.Keys() if self.rounds.keep_ahead(name, message):
-                pass
+                self._known_at_rest(
+                    [name]
+                )  # a release before a restart: its status was known in memory only
             case job_messages.KeysErased():
                 raise OutOfOrder("keys", "them erased", "them held until the job ends", name)
             case messages.Leave(code=messages.RELEASE_REFUSED, header=header) if (
@@ -314,6 +316,12 @@ class JobMachine:
         # The round first: a site takes no new epoch inside one.
         self.round_step(coordinator.SiteReconnected(name))
         self.epoch_step(coordinator.SiteReconnected(name))
+
+    def _known_at_rest(self, names: Collection[SiteId]) -> None:
+        """Of these sites, those whose status follows from the release and from keys that they sent ahead."""
+        for status in self.rounds.at_rest():
+            if status.site in names:
+                self._at_rest(status.site, status)
 
     def _at_rest(self, name: SiteId, rest: job_messages.SiteStatus) -> None:
         facts, stage = self.facts, self.facts.stage
@@ -476,8 +484,7 @@ class JobMachine:
             self.metrics.released()
         self.do(found)
         self.do([effects.ShowRound(), effects.DiscardUploads(stage.header.digest)])
-        for status in self.rounds.at_rest():
-            self._at_rest(status.site, status)
+        self._known_at_rest(facts.sites)
         if text := self.rounds.tried_enough():
             self.end("abandoned", text)
 
