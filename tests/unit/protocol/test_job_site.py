@@ -332,6 +332,17 @@ def test_a_state_that_changed_since_it_was_found_is_not_adopted():
     assert [each.code for each in only(messages.Leave, sent(effects))] == [messages.RELEASE_REFUSED]
 
 
+def test_a_site_that_refused_the_last_release_hears_the_end_and_does_not_wait_for_that_state():
+    after = State("after")
+    found = played(after)
+    (name,) = found.job.states.candidates
+    found.job.states.hold(name, State("another"), b"")
+    found.certificate(after)
+    last = certified(found.header, after).hash
+    effects = told(found.job, job.JobEnded("job", "finished", "", last))
+    assert only(EndJob, effects) and found.job.ended and found.job.state.name == "before"
+
+
 def test_a_failure_is_told_by_its_word_after_the_round_is_left():
     found = Round(between_rounds(), header_of())
     found.begin()

@@ -440,7 +440,7 @@ class SiteJob:
     def _ended(self, ended: job_messages.JobEnded, at: float, now: float) -> SiteEffects:
         """End the job: the state stays, everything of its rounds is removed.
 
-        A site that missed the last release sends its status and catches up first.
+        A site that missed the last release sends its status and catches up first. One that refused a release cannot.
         """
         self.end.pending = self._load_at = None
         parts = self.parts
@@ -449,7 +449,8 @@ class SiteJob:
                 yield from parts.rounds.step(site.Superseded(), now)
                 parts.rounds.ended = False
             behind = parts.rounds.standing.certificate != ended.certificate
-            if ended.certificate and behind and not self.part.left:  # it takes no model it left for
+            stays = self.part.left or isinstance(parts.rounds.stage, site.Halted)
+            if ended.certificate and behind and not stays:  # it takes no model it left for, or refused
                 self.part.ending = True
                 self.end.pending = ended, at
                 yield from parts.rounds.send_status()
