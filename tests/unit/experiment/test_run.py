@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_form():
     kept = saved.read_checkpoint(path.read_bytes())
     del kept["form"]
     path.write_bytes(saved.checkpoint_bytes(kept))
-    with pytest.raises(BadInput, match="found a checkpoint of form 1, expected 2") as refused:
+    with pytest.raises(BadInput, match="found a checkpoint of form 1, expected 3") as refused:
         api.resume("broken")
     assert "new run" in refused.value.remedy
     assert path.is_file(), "it is left as it was"
