@@ -286,7 +286,7 @@ class JobWork:
             if chunks is not None:
                 return chunks
             with contextlib.suppress(Offline):
-                return await self.link.transfers.download(self.id, what, digest)
+                return await self.link.download(self.id, what, digest)
             await self._session_or_pause()
         raise Offline
 

@@ -104,7 +104,7 @@ class Session:
         self._channel: grpc.aio.Channel | None = None
         self._receipts: dict[bytes, asyncio.Future[frames.UploadReceipt]] = {}
         self._telling: dict[str, asyncio.TimerHandle] = {}
-        self.transfers = Transfers(self._open, self._pace)
+        self._transfers = Transfers(self._open, self._pace)
         self._turn = 0
         """Which of the addresses is connected or tried, counted on and on."""
         self.since: float | None = None
@@ -357,13 +357,17 @@ class Session:
             raise Offline
         if isinstance(source, Path):
             if size > INLINE:
-                await self.transfers.upload(frames.UploadStart(job, header, digest, size), source)
+                await self._transfers.upload(frames.UploadStart(job, header, digest, size), source)
                 return
             source = await asyncio.to_thread(source.read_bytes)
         await self._pace.sent(len(source))
         await self._inline(
             frames.SmallUpload(frames.UploadStart(job, header, digest, len(source)), source)
         )
+
+    async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
+        """The chunks of a sum or a checkpoint; the download that broke off last is resumed. Raises Offline."""
+        return await self._transfers.download(job, what, digest)
 
     async def _inline(self, frame: frames.SmallUpload) -> None:
         waiting = asyncio.get_running_loop().create_future()

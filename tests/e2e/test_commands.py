@@ -250,7 +250,8 @@ def test_status_of_a_site_that_runs_and_of_one_that_never_did(fed, ran, call):
     assert out.startswith(f"site a: connected to 127.0.0.1:{fed.port} for ")
     assert f"job {ran[0]}: over (finished)" in out
     assert f"last model: after round {ROUNDS}, sha256 {model_of(fed, ran[0])}" in out
-    refused(call(site_cli, "status", "--config", fed.config("d")), 2, "this site has not run yet", "fed-site run")
+    never = call(site_cli, "status", "--config", fed.config("d"))
+    refused(never, 2, "this site has not run yet", "fed-site run")
 
 
 def test_check_says_ok_for_everything(fed, call):

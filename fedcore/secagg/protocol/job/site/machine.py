@@ -450,7 +450,8 @@ class SiteJob:
                 parts.rounds.ended = False
             behind = parts.rounds.standing.certificate != ended.certificate
             stays = self.part.left or isinstance(parts.rounds.stage, site.Halted)
-            if ended.certificate and behind and not stays:  # it takes no model it left for, or refused
+            # It takes no model it left for, or refused.
+            if ended.certificate and behind and not stays:
                 self.part.ending = True
                 self.end.pending = ended, at
                 yield from parts.rounds.send_status()
