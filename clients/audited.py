@@ -9,10 +9,12 @@ from collections.abc import Iterator
 
 from fedcore.audit.lines import Fact
 from fedcore.audit.round_facts import place, release
+from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import epoch, job_messages, messages
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.site.machine import SiteJob
 from fedcore.secagg.protocol.job.site.rounds import header_of
+from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.wire_form import decode, digest, encode_message, type_name
 
 Event = tuple[str, dict[str, Fact]]
@@ -24,7 +26,7 @@ def events_of(effect: effects.SiteEffect, found: SiteJob) -> Iterator[Event]:
     match effect:
         case effects.Send(message=message):
             yield from _decision(message, found)
-            header = header_of(found.stage)
+            header = _round_of(message, found)
             where = {} if header is None else place(header)
             yield "sent", {"job": job, **where, **message_facts(message)}
         case effects.EnterRelease(certificate=certificate):
@@ -40,6 +42,18 @@ def events_of(effect: effects.SiteEffect, found: SiteJob) -> Iterator[Event]:
             yield "key", {"job": job, "word": "erased"}
         case _:
             pass
+
+
+def _round_of(message: job_messages.ToCoordinator, found: SiteJob) -> RoundHeader | None:
+    """The round that a message is of: the one under way, or for keys that are sent ahead the next."""
+    stage = found.stage
+    if (
+        isinstance(message, messages.Keys)
+        and isinstance(stage, site.Stated)
+        and stage.ahead is not None
+    ):
+        return stage.ahead.header
+    return header_of(stage)
 
 
 def vector_event(submit: messages.Submit, found: SiteJob) -> Event:

@@ -176,7 +176,7 @@ def renew(
     config: Config = _HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Show when this site's certificate is renewed; by itself, for the same key or for a new one."""
+    """Show when the certificate is renewed. That happens by itself, for the same key or for a new one."""
     from fedcore_clients.config import read_config
     from fedcore_clients.next_key import NEXT_KEY, make_next_key
     from fedcore_clients.renewal import due_at

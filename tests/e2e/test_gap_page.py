@@ -37,4 +37,14 @@ def test_the_page_has_a_table_that_begins_with_the_plain_command():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip("`"))
 def test_every_line_is_what_its_settings_give(row, tmp_path):
     settings, *shown = row
-    assert [cell.strip() for cell in shown] == measured(settings, tmp_path / "run")
+    shown, found = [cell.strip() for cell in shown], measured(settings, tmp_path / "run")
+    if "--lr 1" not in settings:
+        assert shown == found
+        return
+    # At this rate training is unstable: the last bits of another processor's arithmetic become points.
+    assert abs(float(shown[0]) - float(found[0])) <= 0.01
+    for one, other in ((shown, found), (found, shown)):
+        lost, low, high = map(
+            float, re.findall(r"-?[0-9.]+", one[2])[:1] + re.findall(r"-?[0-9.]+", other[2])[1:]
+        )
+        assert low <= lost <= high, (shown, found)

@@ -36,7 +36,7 @@ BASELINE = Purpose(
     "baseline",
     rounds=lambda plan, columns: range(1, 2),
     vector=vector,
-    contribute=lambda site, plan, step, state: site.metrics(step, state),
+    contribute=lambda site, plan, step, state: site.metrics(plan, step, state),
     apply=keep,
     leaving=lambda job, terms: "baseline (one sum): this site's metrics of a model that nobody has trained",
     measures=True,

@@ -185,7 +185,7 @@ EVENT = {
     "sites": {
         "a": {
             "connected": True, "evicted": False, "since": 1.0, "last_seen": 2.0, "doing": "", "unable": "",
-            "roster": "",
+            "second": "", "roster": "",
         }
     },
     "new_rounds": [RELEASED, ABANDONED], "new_metrics": [METRICS],

@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from fedcore_clients import session as client
+from fedcore_clients import channel as client
 from fedcore_server import tls as server
 
 from fedcore.errors import BadInput, CertificateRefused
