@@ -11,6 +11,7 @@ import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 
 import grpc.aio
 from fedcore_server.authority_key import find_authority
@@ -198,7 +199,9 @@ async def _serve(
     pings = calls.keepalive(config.keepalive_seconds)
     server = grpc.aio.server(options=(*SERVER_OPTIONS, *calls.LENGTHS, *KEEPALIVE, *pings, *most))
     server.add_generic_rpc_handlers([*handlers(hub), *probes.handlers()])
-    port, addresses = bind(server, server_credentials(kit), hosts=config.listen, port=config.port)
+    port, addresses = bind(
+        server, partial(server_credentials, kit), hosts=config.listen, port=config.port
+    )
     with contextlib.ExitStack() as opened:
         if config.metrics_port is not None:
             metrics, end = serve_metrics(hub.sessions.counts, hub.seen, config.metrics_port)

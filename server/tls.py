@@ -16,7 +16,8 @@ import socket
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NoReturn, TypeAlias
+from functools import partial
+from typing import Any, NoReturn, TypeAlias, cast
 from urllib.parse import unquote
 
 import grpc
@@ -49,15 +50,21 @@ def server_credentials(kit: Kit) -> grpc.ServerCredentials:
     connections. Raises CertificateRefused for a kit that is not a coordinator's."""
     require_role(kit.peer, ["coordinator"])
     kits = KitFile(kit)
-
-    def newest() -> grpc.ServerCertificateConfiguration:
-        """Called by gRPC at each handshake, in a thread of its own."""
-        kits.refresh()
-        return _certificate(kits.current)
-
     return grpc.dynamic_ssl_server_credentials(
-        _certificate(kit), newest, require_client_authentication=True
+        # grpcio takes None for "as before", which its types do not say.
+        _certificate(kit),
+        cast(Any, partial(renewed, kits)),
+        require_client_authentication=True,
     )
+
+
+def renewed(kits: KitFile) -> grpc.ServerCertificateConfiguration | None:
+    """A new certificate, None where it is the one in use. Called by gRPC at each handshake, in a thread of its own.
+
+    gRPC replaces what handshakes are made with by what this returns, without a lock: with a certificate each time, some
+    of many handshakes at once ended the process (grpcio 1.85.1).
+    """
+    return _certificate(kits.current) if kits.refresh() else None
 
 
 def _certificate(kit: Kit) -> grpc.ServerCertificateConfiguration:
@@ -68,7 +75,7 @@ def _certificate(kit: Kit) -> grpc.ServerCertificateConfiguration:
 
 def bind(
     server: grpc.aio.Server,
-    credentials: grpc.ServerCredentials,
+    credentials: Callable[[], grpc.ServerCredentials],
     *,
     hosts: Sequence[str] = ("::",),
     port: int = 0,
@@ -76,7 +83,8 @@ def bind(
     """Bind every address to one port (0: a free one); the port, and the addresses it is bound to.
 
     hosts: IP addresses; `::` is IPv6 and IPv4, or IPv4 alone on a machine without IPv6. `::1` is left out on such a
-    machine if another address is bound; any other failure raises BadInput. `server` must have been made with
+    machine if another address is bound; any other failure raises BadInput. credentials: makes those of one address, for
+    gRPC gives the certificate of `server_credentials` to one port. `server` must have been made with
     SERVER_OPTIONS.
     """
     bound: list[str] = []
@@ -89,7 +97,7 @@ def bind(
             ) from None
         address = f"[{host}]" if version == 6 else host
         try:
-            port = server.add_secure_port(f"{address}:{port}", credentials)
+            port = server.add_secure_port(f"{address}:{port}", credentials())
         except RuntimeError:
             cause = _cause(host, port)
             if host == "::1" and cause in {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL} and bound:

@@ -66,7 +66,7 @@ async def coordinator(
         server = grpc.aio.server(options=(*SERVER_OPTIONS, *options))
         hub = Coordinator(context, gate)
         server.add_generic_rpc_handlers(handlers(hub))
-        bind(server, server_credentials(kit), hosts=["127.0.0.1"], port=config.port)
+        bind(server, lambda: server_credentials(kit), hosts=["127.0.0.1"], port=config.port)
         await server.start()
         try:
             yield hub

@@ -52,7 +52,7 @@ async def coordinator(kit):
 
     call = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t", call)])
-    port, _ = tls.bind(server, tls.server_credentials(kit), hosts=["127.0.0.1"])
+    port, _ = tls.bind(server, lambda: tls.server_credentials(kit), hosts=["127.0.0.1"])
     await server.start()
     try:
         yield port

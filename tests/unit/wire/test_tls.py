@@ -28,7 +28,7 @@ from fedcore_server import tls as server
 
 from fedcore.errors import BadInput, CertificateRefused
 from fedcore.identity.authority import LOOPBACK, Authority, Issued
-from fedcore.identity.kit import KEY_FILE, Kit
+from fedcore.identity.kit import KEY_FILE, Kit, KitFile
 from fedcore.identity.preflight import preflight
 from fedcore.identity.proxies import Proxy
 from fedcore.identity.revocation import EMPTY, Revocations
@@ -167,8 +167,9 @@ async def coordinator(kit, gate=None, *, hosts=("127.0.0.1",), credentials=None)
         "Handler", (grpc.GenericRpcHandler,), {"service": lambda _, d: served.service(d)}
     )
     running.add_generic_rpc_handlers((handler(),))
-    credentials = credentials or server.server_credentials(kit)
-    served.port, served.addresses = server.bind(running, credentials, hosts=hosts)
+    served.port, served.addresses = server.bind(
+        running, lambda: credentials or server.server_credentials(kit), hosts=hosts
+    )
     await running.start()
     try:
         yield served
@@ -728,7 +729,9 @@ def test_a_second_coordinator_on_the_same_port(run, hub, host, shown):
         async with coordinator(hub, hosts=[host]) as served:
             second = grpc.aio.server(options=server.SERVER_OPTIONS)
             with pytest.raises(BadInput) as caught:
-                server.bind(second, server.server_credentials(hub), hosts=[host], port=served.port)
+                server.bind(
+                    second, lambda: server.server_credentials(hub), hosts=[host], port=served.port
+                )
             return caught.value, served.port
 
     error, port = run(scene())
@@ -749,7 +752,9 @@ def test_addresses_that_cannot_be_bound(run, hub, host, words):
     async def scene():
         with pytest.raises(BadInput, match=words):
             server.bind(
-                grpc.aio.server(), server.server_credentials(hub), hosts=[host] if host else []
+                grpc.aio.server(),
+                lambda: server.server_credentials(hub),
+                hosts=[host] if host else [],
             )
 
     run(scene())
@@ -761,7 +766,7 @@ def test_an_address_is_not_left_out_in_silence(run, hub):
         with pytest.raises(BadInput, match="no such address on this machine"):
             server.bind(
                 grpc.aio.server(options=server.SERVER_OPTIONS),
-                server.server_credentials(hub),
+                lambda: server.server_credentials(hub),
                 hosts=["127.0.0.1", "2001:db8::7"],
             )
 
@@ -782,7 +787,7 @@ def test_a_machine_without_ipv6(run, hub, va, monkeypatch):
 
     async def scene(hosts):
         without = Without(grpc.aio.server(options=server.SERVER_OPTIONS))
-        return server.bind(without, server.server_credentials(hub), hosts=hosts)
+        return server.bind(without, lambda: server.server_credentials(hub), hosts=hosts)
 
     for cause in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
         monkeypatch.setattr(server, "_cause", lambda *_, cause=cause: cause)
@@ -867,3 +872,14 @@ def test_a_key_file_is_asked_for_before_the_network(kits):
     (kit.key_path.parent / KEY_FILE).chmod(0o644)
     with pytest.raises(BadInput, match="found mode 0644, expected 0600"):
         Kit.load(kit.key_path.parent)
+
+
+def test_handshakes_are_given_a_certificate_only_where_it_is_a_new_one(hub):
+    """gRPC has no lock around what it replaces: with one at each handshake, many at once ended the process."""
+    kits = KitFile(hub)
+    assert server.renewed(kits) is None and server.renewed(kits) is None
+    again = hub.certificate_path.with_name("again.pem")
+    again.write_bytes(hub.certificate_path.read_bytes())
+    again.replace(hub.certificate_path)
+    assert isinstance(server.renewed(kits), grpc.ServerCertificateConfiguration)
+    assert server.renewed(kits) is None
