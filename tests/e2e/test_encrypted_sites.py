@@ -48,12 +48,13 @@ def test_a_job_with_encrypted_sites_survives_a_kill_and_leaves_no_secret(tmp_pat
         for name in fed.sites:
             fed.start(name)
         fed.connected()
-        job = fed.submit(rounds=6)
+        job = fed.submit(rounds=20)
         fed.wait(job, lambda event: event["rounds_done"] >= 1)
         for name in ("a", "b"):
             fed.kill(name, signal.SIGKILL)
             fed.processes[name].wait(PATIENCE)
             fed.start(name)
+            fed.connected()  # two that are lost in one round are more than four sites survive
         assert fed.wait(job)[-1]["state"] == "finished"
         fed.released(job)
         assert "variable False" in fed.log("a") and "variable True" not in fed.log("a")

@@ -11,7 +11,7 @@ from deployment import HUB, LISTENS, PATIENCE, STANDBY, deployment, small_task
 from support.postgres import PASSWORD
 
 WAITS = "waiting to take over"
-SETTINGS = {"protection": "masked", "rounds": 4}
+SETTINGS = {"protection": "masked", "rounds": 20}
 
 
 def rounds(fed, job, name):
