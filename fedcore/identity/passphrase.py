@@ -95,13 +95,22 @@ def passphrase_in(path: Path) -> SecretBytes:
 
 
 def _of_environment(name: str) -> SecretBytes:
+    found = taken_variable(
+        name, "keystore.unlock", "passphrase", "name another place of the passphrase"
+    )
+    return _checked(found, f"variable {name}")
+
+
+def taken_variable(name: str, key: str, what: str, otherwise: str) -> bytes:
+    """The value of a variable with a secret, which leaves the environment: no child process inherits it. key: the
+    setting that names it; what: the secret; otherwise: what to do instead of setting it. Raises BadInput."""
     found = os.environ.pop(name, None)
     if found is None:
         raise BadInput(
-            f"keystore.unlock: found no variable {name} in the environment, expected the passphrase in it",
-            remedy=f"set {name} for this process, or name another place of the passphrase",
+            f"{key}: found no variable {name} in the environment, expected the {what} in it",
+            remedy=f"set {name} for this process, or {otherwise}",
         )
-    return _checked(os.fsencode(found), f"variable {name}")
+    return os.fsencode(found)
 
 
 def _of_command(line: str) -> SecretBytes:

@@ -32,6 +32,7 @@ from fedcore.errors import BadInput
 from fedcore.files.toml import Section
 from fedcore.identity.addresses import authority_of, ip_of
 from fedcore.identity.kit import read_private
+from fedcore.identity.passphrase import taken_variable
 from fedcore.secagg.crypto.secret import SecretBytes
 
 NONE, ENVIRONMENT = "none", "environment"
@@ -228,13 +229,7 @@ def _secret(place: str) -> SecretBytes:
 
 @cache
 def _of_variable(name: str) -> bytes:
-    text = os.environ.pop(name, None)
-    if text is None:
-        raise BadInput(
-            f"proxy.password: found no variable {name} in the environment, expected the password in it",
-            remedy=f"set {name} for this process, or name a file",
-        )
-    return os.fsencode(text)
+    return taken_variable(name, "proxy.password", "password", "name a file")
 
 
 def variable_set(variables: Mapping[str, str]) -> str | None:
