@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 from fedcore_clients.audited import file_event, message_facts
 from fedcore_clients.channel import Offline
@@ -47,9 +48,13 @@ from fedcore.types import Contribution, SiteId
 from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.site.job")
+T = TypeVar("T")
 
 CLIPPED_WORTH_SAYING = 0.01
 """Share of clipped coordinates of a round above which a site's log has a line."""
+
+FEW = 5_000
+"""Parameters up to which protecting or opening a vector takes a few milliseconds, little more than a thread for it."""
 
 APPROVAL_SECONDS = 1.0
 """How often the file of an approval is polled."""
@@ -171,15 +176,14 @@ class JobWork:
             work = self.round_work()
             step = schedule.PlannedRound(header.purpose, header.training_round)
             self.link.doing(self.id, "training" if trains(step.purpose) else "evaluating")
-            self.guard.kept = await asyncio.to_thread(self._kept)
-            await asyncio.to_thread(self._spend, work, header)
+            self.guard.kept = await self._beside(partial(self._before, work, header))
             found = await self.contributor.contribute(
                 self.id, work.agreed.plan, step, work.state, self.guard
             )
             found = work.without_isolating_metrics(found, header)
             if self._budget is None:
                 self.link.doing(self.id, "protecting")
-            event = await asyncio.to_thread(self._protected, work, asked, found)
+            event = await self._beside(partial(self._protected, work, asked, found))
         except GuardTripped as tripped:
             line = f"job {self.id}: {tripped}; hint: {tripped.remedy}"
             LOG.error("%s", line)  # noqa: TRY400 - a traceback would not help an operator
@@ -194,6 +198,17 @@ class JobWork:
             event = failed(error, events.WITHHELD, job_messages.UNABLE)
         await self._not_before(began, "making a vector")
         return event
+
+    async def _beside(self, compute: Callable[[], T]) -> T:
+        """Compute it, for a model of more than FEW parameters in a thread."""
+        if self._parts.agreed.plan.parameters > FEW:
+            return await asyncio.to_thread(compute)
+        return compute()
+
+    def _before(self, work: RoundWork, header: RoundHeader) -> bytes:
+        """Enter what a vector costs in the ledger; returns what is kept here. Raises as `_spend`."""
+        self._spend(work, header)
+        return self._kept()
 
     def _spend(self, work: RoundWork, header: RoundHeader) -> None:
         """Record what this round's vector costs of its rows' privacy, on disk, before it is made. Raises PolicyRefused
@@ -304,7 +319,7 @@ class JobWork:
                 found = work.open(asked, chunks, marks)
                 return replace(found, data=self._kept_candidate(found.certificate, found.state))
 
-            return await asyncio.to_thread(opened)
+            return await self._beside(opened)
         except Offline:  # the others certified it, and it was removed: catch up
             return events.SumGone(header)
         except (StoreProblem, OSError):
@@ -323,7 +338,7 @@ class JobWork:
     async def track(self, asked: effects.Track) -> events.SiteEvent | None:
         """Evaluate a release, and write the row."""
         try:
-            kept = await asyncio.to_thread(self._kept)
+            kept = await self._beside(self._kept)
             row = await self.contributor.track(self.id, self._parts.agreed.plan, asked, kept)
         except TrainingFailed as failed:
             LOG.warning("job %s: accuracy not tracked: %s", self.id, failed.reason)
