@@ -110,6 +110,24 @@ def flower_task(monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, 7)
 
 
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """The files of a new federation, whose passphrase costs little to check."""
+    from tests.support.federations import new_federation
+    from tests.support.keystores import cheap_scrypt
+
+    cheap_scrypt(monkeypatch)
+    return new_federation(tmp_path / "federation")
+
+
+@pytest.fixture
+def va(files, tmp_path):
+    """The folder of a site that has joined it."""
+    from tests.support.live_sessions import joined
+
+    return joined(files, tmp_path / "va")
+
+
 LONGEST = (
     "test_contract.py", "test_crash_points.py", "test_readme.py", "test_transfer.py", "test_chaos.py",
     "test_restarts.py", "test_up.py", "test_traffic.py", "test_tutorials.py", "test_rounds.py",

@@ -42,17 +42,12 @@ from fedcore.identity.signed_roster import SignedRoster, read_pins
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.wire.frames import SOFTWARE
-from tests.support.federations import authority_of, new_federation, now, served
+from tests.support.federations import authority_of, now, served
 
 
 @pytest.fixture(autouse=True)
 def _cheap(monkeypatch):
     cheap_scrypt(monkeypatch)
-
-
-@pytest.fixture
-def files(tmp_path):
-    return new_federation(tmp_path / "federation")
 
 
 def invited(files, site="va", days=7.0):

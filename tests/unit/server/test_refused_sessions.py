@@ -15,18 +15,8 @@ from fedcore.identity.authority import Authority
 from fedcore.identity.signed_roster import SignedRoster
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.wire import frames
-from tests.support.federations import authority_of, new_federation, now
-from tests.support.live_sessions import coordinator, joined, recorded, site_process, until
-
-
-@pytest.fixture
-def files(tmp_path):
-    return new_federation(tmp_path / "federation")
-
-
-@pytest.fixture
-def va(files, tmp_path):
-    return joined(files, tmp_path / "va")
+from tests.support.federations import authority_of, now
+from tests.support.live_sessions import coordinator, recorded, site_process, until
 
 
 @pytest.fixture

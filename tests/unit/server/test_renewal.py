@@ -15,7 +15,6 @@ from fedcore_clients.config import read_config
 from fedcore_clients.next_key import NEXT_CERTIFICATE, NEXT_KEY, finish
 from fedcore_clients.renewal import Renewal
 from fedcore_clients.session import Session
-from support.keystores import cheap_scrypt
 
 from fedcore.errors import BadInput, CertificateRefused, Refused, RosterRefused
 from fedcore.identity.authority import Authority
@@ -23,25 +22,10 @@ from fedcore.identity.join_messages import JoinRefused, check_own, make_csr
 from fedcore.identity.kit import Kit, read_key
 from fedcore.identity.peer import peer_of
 from fedcore.wire import calls, frames
-from tests.support.federations import authority_of, new_federation, now
-from tests.support.live_sessions import coordinator, joined, until
+from tests.support.federations import authority_of, now
+from tests.support.live_sessions import coordinator, until
 
 LATER = timedelta(days=80)
-
-
-@pytest.fixture(autouse=True)
-def _cheap(monkeypatch):
-    cheap_scrypt(monkeypatch)
-
-
-@pytest.fixture
-def files(tmp_path):
-    return new_federation(tmp_path / "federation")
-
-
-@pytest.fixture
-def va(files, tmp_path):
-    return joined(files, tmp_path / "va")
 
 
 @contextlib.asynccontextmanager
