@@ -195,7 +195,6 @@ class Session:
     async def _on(self, channel: grpc.aio.Channel, out: asyncio.Queue[bytes]) -> None:
         """One session over a channel, to its end."""
         try:
-            self._channel = channel
             session = calls.SESSION
             stream: Any = channel.stream_stream(session.path)(wait_for_ready=False)
             hello = replace(self._hello(), instance=self._instance)
@@ -209,7 +208,8 @@ class Session:
             self._welcomed(session.gives.unpack(first, sender="coordinator"))
             if self.refused is not None:
                 return
-            self._out = out
+            # Not before: transfers outside of the session that the coordinator knows are refused.
+            self._channel, self._out = channel, out
             writer = asyncio.get_running_loop().create_task(send_frames(stream, out))
             try:
                 self._on_connected()

@@ -18,7 +18,7 @@ from fedcore_server.sessions import Sessions
 from fedcore_server.site_api import SiteApi, Transfers
 from fedcore_server.tls import ServicerContext
 
-from fedcore.errors import FedcoreError
+from fedcore.errors import CertificateRefused, FedcoreError
 from fedcore.identity.peer import Peer
 from fedcore.wire import calls, refusals
 from fedcore.wire.calls import Call
@@ -47,7 +47,8 @@ def handlers(hub: Coordinator) -> list[grpc.GenericRpcHandler]:
 
     async def upload(requests: AsyncIterator[bytes], context: ServicerContext) -> bytes:
         async with door.open(calls.UPLOAD, context) as peer:
-            return calls.UPLOAD.gives.pack(await transfers.upload(peer, requests))
+            checked = door.checked(peer, requests, context)
+            return calls.UPLOAD.gives.pack(await transfers.upload(peer, checked))
 
     services: dict[str, list[_Named]] = {
         calls.COORDINATOR: [
@@ -82,8 +83,17 @@ class _Door:
             try:
                 yield peer
             except FedcoreError as error:
-                self._sessions.refused(call.name, error, type(error).__name__, peer)
+                word = error.check if isinstance(error, CertificateRefused) else ""
+                self._sessions.refused(call.name, error, word or type(error).__name__, peer)
                 raise
+
+    async def checked(
+        self, peer: Peer, parts: AsyncIterator[bytes], context: ServicerContext
+    ) -> AsyncIterator[bytes]:
+        """The parts of a transfer, each if its peer may still transfer. Raises CertificateRefused."""
+        async for part in parts:
+            self._sessions.still(peer, context.peer())
+            yield part
 
     def unary(self, call: Call[Q, A], answer: Callable[[Peer, Q], Awaitable[A]]) -> _Named:
         """A call with one request and one answer."""
@@ -100,7 +110,10 @@ class _Door:
 
         async def run(data: bytes, context: ServicerContext) -> AsyncIterator[bytes]:
             async with self.open(call, context) as peer:
-                async for each in answer(peer, call.takes.unpack(data, sender=peer.name)):
+                found = answer(peer, call.takes.unpack(data, sender=peer.name))
+                if call.beside_session:
+                    found = self.checked(peer, found, context)
+                async for each in found:
                     yield each
 
         return call.name, grpc.unary_stream_rpc_method_handler(run)

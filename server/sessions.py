@@ -1,8 +1,9 @@
 """The sites' sessions: which calls are admitted, which sessions are open, and what is queued in them.
 
-Invariant: a call is admitted by its certificate before a frame of it is read, and the certificate of an open
-session is checked again every second; a site has one session, of one process: that of another process is refused while
-the first one answers; the queue of a session is bounded.
+Invariant: a call is admitted by its certificate before a frame of it is read; the certificate of an open session is
+checked again every second, that of a transfer at every part. A site has one session, of one process: that of another
+process is refused while the first one answers, and so are transfers and renewals outside of the session. The queue of
+a session is bounded.
 """
 
 import asyncio
@@ -57,11 +58,12 @@ class SiteSession:
     """One open session: the queue of its frames, and when it began. Times: seconds since 1970.
 
     over: no more frames are queued; begun: its Hello was accepted; waiting: bytes in the queue. connection: the peer
-    of its call, as gRPC has it; instance: of the site's process, random.
+    of its call, as gRPC has it; before: that of the site's session before; instance: of the site's process, random.
     """
 
     peer: Peer
     connection: str = ""
+    before: str = ""
     instance: bytes = b""
     out: asyncio.Queue[bytes | None] = field(default_factory=lambda: asyncio.Queue(MOST_FRAMES))
     since: float = field(default_factory=time.time)
@@ -154,6 +156,8 @@ class Sessions:
         """{site: why it is away, of `frames.AWAY`}, where its operator says so."""
         self.seconds: dict[SiteId, str] = {}
         """Where and when a second process came as a site last, in words."""
+        self._connections: dict[SiteId, str] = {}
+        """Of each site's last session."""
         self.probe_seconds = PROBE_SECONDS
         self._refusals, self._clones = Seldom(), Seldom()
         """Apart, so that no flood of refused calls keeps a second process of a site out of the trail."""
@@ -162,33 +166,48 @@ class Sessions:
 
     async def admit(self, context: ServicerContext, call: calls.Call[Any, Any]) -> Peer:
         """The peer that makes this call; ends the call with a refusal if it may not."""
+        peer = None
         try:
             peer = self.gate.admit(context, call.roles)
-            if peer.role == calls.SITE and peer.name in self.evicted and call is not calls.SESSION:
-                raise CertificateRefused(
-                    f"site {peer.name!r}: found it evicted by an operator, expected one in the federation",
-                    check="roster",
-                    remedy="ask the operator why: `fed-coordinator evict SITE --undo` lets it in again",
-                )
-            self._of_one_process(peer, call, context.peer())
+            if call is not calls.SESSION:
+                self._not_evicted(peer)
+            if call.beside_session and self._of_another_process(peer, context.peer()):
+                raise self._outside(peer, context.peer())
             return peer
         except CertificateRefused as error:
             self.counts.refused += 1
             LOG.warning("%s: %s", call.name, error)
-            self.refused(call.name, error, error.check)
+            self.refused(call.name, error, error.check, peer)
             await refuse(context, error)
 
-    def _of_one_process(self, peer: Peer, call: calls.Call[Any, Any], connection: str) -> None:
-        """Raise CertificateRefused for a renewal that is not on the connection of the session that the site has: it is
-        of another process, and the certificate may be for a key of its own."""
-        session = self.open.get(SiteId(peer.name)) if call is calls.RENEW else None
-        if session is not None and session.connection != connection:
+    def still(self, peer: Peer, connection: str) -> None:
+        """Check what can change while a transfer runs. Raises CertificateRefused, also where the site has a session on
+        another connection by now: then nobody is told, since this may be what its own broken one left behind."""
+        self.gate.still(peer)
+        self._not_evicted(peer)
+        if self._of_another_process(peer, connection):
+            raise _not_of_session(peer, connection, self.open[SiteId(peer.name)])
+
+    def _not_evicted(self, peer: Peer) -> None:
+        if peer.role == calls.SITE and peer.name in self.evicted:
             raise CertificateRefused(
-                f"site {peer.name!r}: found a call from {address_of(connection)} outside of its session from "
-                f"{session.address}, expected it on the same connection",
-                check="cloned",
-                remedy="one process to a site: stop one of them",
+                f"site {peer.name!r}: found it evicted by an operator, expected one in the federation",
+                check="roster",
+                remedy="ask the operator why: `fed-coordinator evict SITE --undo` lets it in again",
             )
+
+    def _of_another_process(self, peer: Peer, connection: str) -> bool:
+        """Whether the site of a call has a session, and the call is not on its connection: what is sent could then be
+        another process's, and a renewed certificate for a key of its own."""
+        session = self.open.get(SiteId(peer.name))
+        return session is not None and session.connection != connection
+
+    def _outside(self, peer: Peer, connection: str) -> CertificateRefused:
+        """The refusal of a call outside of the site's session; operators and the site's process are told."""
+        session = self.open[SiteId(peer.name)]
+        if connection != session.before:  # else it was on its way when the site reconnected
+            self._tell_second(SiteId(peer.name), address_of(connection), session)
+        return _not_of_session(peer, connection, session)
 
     def refused(self, call: str, error: Exception, word: str, peer: Peer | None = None) -> None:
         """Record a refused call: one of the same kind in a minute."""
@@ -240,15 +259,12 @@ class Sessions:
 
     def _cloned(self, name: SiteId, session: SiteSession, before: SiteSession) -> frames.Goodbye:
         """Tell everybody that two processes have one identity: operators, the log, the trail, and both processes."""
-        now, since = time.time(), datetime.fromtimestamp(before.since, UTC)
+        since = datetime.fromtimestamp(before.since, UTC)
         text = (
             f"another process is connected as {name} from {before.address} since "
             f"{since:%Y-%m-%d %H:%M:%S} UTC"
         )
-        self.counts.cloned += 1
-        at = f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M:%S} UTC"
-        self.seconds[name] = f"refused a second process from {session.address} at {at}"
-        if self._clones.allows((name, session.address)):
+        if self._tell_second(name, session.address, before):
             LOG.error(
                 "site %s: refused a second process from %s: %s; if only one is the site's, revoke it and have it join "
                 "again with new keys", name, session.address, text,
@@ -257,15 +273,27 @@ class Sessions:
             self.note(
                 "refused", call=calls.SESSION.name, word="cloned", site=name, text=text, **about
             )
-            before.put(frames.SecondProcess(session.address, int(now * 1000)))
         return frames.Goodbye("cloned", text)
+
+    def _tell_second(self, name: SiteId, address: str, before: SiteSession) -> bool:
+        """Count a second process and show it to operators; to the site's own process, log and trail once a minute for
+        each address: whether now."""
+        now = time.time()
+        self.counts.cloned += 1
+        at = f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        self.seconds[name] = f"refused a second process from {address} at {at}"
+        if not self._clones.allows((name, address)):
+            return False
+        before.put(frames.SecondProcess(address, int(now * 1000)))
+        return True
 
     def begin(self, name: SiteId, session: SiteSession) -> None:
         """This is the site's session from now on; an older one ends."""
         before = self.open.get(name)
         if before is not None:
             before.end(frames.Goodbye("replaced", "a newer session of this site"))
-        self.open[name] = session
+        session.before = self._connections.get(name, "")
+        self.open[name], self._connections[name] = session, session.connection
         self.note_away(name, "")
         self.counts.sessions += 1
         about = {"certificate": session.peer.fingerprint, "serial": session.peer.serial}
@@ -341,6 +369,15 @@ class Sessions:
         data = stored.path.read_bytes()
         self.counts.bytes_out += len(data)
         session.put(frames.SmallDownload(start, data))
+
+
+def _not_of_session(peer: Peer, connection: str, session: SiteSession) -> CertificateRefused:
+    return CertificateRefused(
+        f"site {peer.name!r}: found a call from {address_of(connection)} outside of its session from "
+        f"{session.address}, expected it on the same connection",
+        check="cloned",
+        remedy="one process to a site: stop one of them",
+    )
 
 
 def welcome(context: CoordinatorContext) -> frames.Welcome:

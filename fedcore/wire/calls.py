@@ -25,7 +25,8 @@ _READERS = frozenset({OPERATOR, OBSERVER})
 class Call(Generic[Q, A]):
     """One call. takes, gives: codecs of request and reply; takes_stream, gives_stream: whether they are streams.
 
-    roles: of the certificates that may make the call; the server checks them before it reads a frame.
+    roles: of the certificates that may make the call; the server checks them before it reads a frame. beside_session:
+    from a site that has a session it must come on the connection of that session.
     """
 
     service: str
@@ -35,6 +36,7 @@ class Call(Generic[Q, A]):
     roles: frozenset[str]
     takes_stream: bool = False
     gives_stream: bool = False
+    beside_session: bool = False
 
     @property
     def path(self) -> str:
@@ -51,15 +53,21 @@ SESSION = Call(
 )  # fmt: skip
 CHECK = Call(COORDINATOR, "Check", alone(frames.Hello), alone(frames.Welcome), _SITES)
 UPLOAD = Call(
-    COORDINATOR, "Upload", frames.UPLOAD, alone(frames.UploadReceipt), _SITES, takes_stream=True
-)
+    COORDINATOR, "Upload", frames.UPLOAD, alone(frames.UploadReceipt), _SITES,
+    takes_stream=True, beside_session=True,
+)  # fmt: skip
 UPLOAD_OFFSET = Call(
-    COORDINATOR, "UploadOffset", alone(frames.UploadStart), alone(frames.UploadReceipt), _SITES
-)
+    COORDINATOR, "UploadOffset", alone(frames.UploadStart), alone(frames.UploadReceipt), _SITES,
+    beside_session=True,
+)  # fmt: skip
 DOWNLOAD = Call(
-    COORDINATOR, "Download", alone(frames.DownloadStart), frames.DOWNLOAD, _SITES, gives_stream=True
-)
-RENEW = Call(COORDINATOR, "Renew", alone(frames.RenewRequest), alone(frames.RenewReply), _SITES)
+    COORDINATOR, "Download", alone(frames.DownloadStart), frames.DOWNLOAD, _SITES,
+    gives_stream=True, beside_session=True,
+)  # fmt: skip
+RENEW = Call(
+    COORDINATOR, "Renew", alone(frames.RenewRequest), alone(frames.RenewReply), _SITES,
+    beside_session=True,
+)  # fmt: skip
 
 SUBMIT = Call(
     OPERATORS, "Submit", alone(frames.SubmitRequest), alone(frames.SubmitReply), _OPERATORS

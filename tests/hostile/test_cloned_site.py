@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+from types import SimpleNamespace
 
 import grpc.aio
 import pytest
@@ -16,7 +17,6 @@ from fedcore_clients.config import read_config
 from fedcore_clients.status import status_lines
 from fedcore_server.federation_views import sites_rows
 from fedcore_server.sessions import Sessions
-from support.keystores import cheap_scrypt
 
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.seldom import MOST
@@ -26,23 +26,14 @@ from fedcore.identity.join_messages import make_csr
 from fedcore.identity.kit import Kit, read_key
 from fedcore.results import JobSite
 from fedcore.secagg.crypto.identity_key import IdentityKey
+from fedcore.store import container
 from fedcore.wire import calls, frames
+from fedcore.wire.limits import INLINE, PART
 from fedcore.wire.refusals import told
-from tests.support.federations import new_federation, now
-from tests.support.live_sessions import coordinator, joined, recorded, site_process, until
+from tests.support.federations import now
+from tests.support.live_sessions import coordinator, recorded, site_process, until
 
 HERE = "127.0.0.1"
-
-
-@pytest.fixture
-def files(tmp_path, monkeypatch):
-    cheap_scrypt(monkeypatch)
-    return new_federation(tmp_path / "federation")
-
-
-@pytest.fixture
-def va(files, tmp_path):
-    return joined(files, tmp_path / "va")
 
 
 def copied(folder, to):
@@ -112,7 +103,7 @@ def test_a_copy_is_refused_while_the_site_runs_and_both_are_told(files, va, tmp_
 def test_a_copy_gets_no_certificate_while_the_site_runs(files, va, tmp_path, without, rule):
     """It could be for a key of its own, and outlive the discovery."""
     if rule == "off":
-        without(Sessions, _of_one_process=lambda *_: None)
+        without(Sessions, _of_another_process=lambda *_: False)
     asked = frames.RenewRequest(make_csr("va", read_key(va / "kit" / "key.pem")))
 
     async def play():
@@ -130,6 +121,130 @@ def test_a_copy_gets_no_certificate_while_the_site_runs(files, va, tmp_path, wit
                 assert isinstance(found, frames.RenewReply)
             else:
                 assert f"a call from {HERE} outside of its session" in found
+
+    asyncio.run(play())
+
+
+class JobThatWaits:
+    """A job over real files: it waits for any upload, and has one checkpoint. taken: what came, by site."""
+
+    def __init__(self, checkpoint):
+        self.checkpoint, self.taken = checkpoint, {}
+        self.facts = SimpleNamespace(outcome="released", sites={})
+
+    def expects(self, *_):
+        return True
+
+    def download(self, *_):
+        return self.checkpoint
+
+    def arrived(self, name, header, stored):
+        self.taken[name] = stored.path.read_bytes()
+
+
+def vector(*chunks):
+    """A container, and the start of its upload."""
+    data = container.to_bytes(chunks)
+    return data, frames.UploadStart("job", bytes(32), container.vector_digest(chunks), len(data))
+
+
+async def parts(start, data, between=None):
+    """The frames of an upload. between: called before the last part."""
+    yield calls.UPLOAD.takes.pack(start)
+    yield calls.UPLOAD.takes.pack(frames.Part(data[:PART]))
+    if between is not None:
+        await between()
+    yield calls.UPLOAD.takes.pack(frames.Part(data[PART:]))
+
+
+async def transfers(channel, start, data):
+    """What each transfer of a copy ends with: its answer, or the refusal in words."""
+
+    async def downloaded():
+        asked = calls.DOWNLOAD.takes.pack(frames.DownloadStart("job", "sum", start.digest))
+        return b"".join([part async for part in channel.unary_stream(calls.DOWNLOAD.path)(asked)])
+
+    found = []
+    for call in (
+        lambda: call_unary(channel, calls.UPLOAD_OFFSET, start, 20),
+        lambda: channel.stream_unary(calls.UPLOAD.path)(parts(start, data)),
+        downloaded,
+    ):
+        try:
+            found.append(await call())
+        except grpc.aio.AioRpcError as error:
+            found.append(str(told(error.code().name, error.details())))
+    return found
+
+
+@pytest.mark.parametrize("rule", ["on", "off"])
+def test_a_copy_gives_and_gets_no_vector_while_the_site_runs(files, va, tmp_path, without, rule):
+    """Without a session of its own it would put a vector of its choice in the place of the site's."""
+    if rule == "off":
+        without(Sessions, _of_another_process=lambda *_: False)
+    hub_trail = AuditTrail.open(tmp_path / "hub", SiteSigner(IdentityKey()), {})
+    forged, start = vector(b"forged", bytes(PART))
+
+    async def play():
+        async with (
+            coordinator(files, now, tmp_path, audit=hub_trail) as hub,
+            site_process(va) as (site, running),
+        ):
+            checkpoint = hub.context.spool.put("job", "checkpoint", [b"a model"])
+            hub.jobs["job"] = job = JobThatWaits(checkpoint)
+            await until(lambda: site.session.since)
+            config, kit = read_config(va / "site.toml"), Kit.load(va / "kit")
+            async with open_channel(kit, *config.addresses[0]) as channel:
+                found = await transfers(channel, start, forged)
+                if rule == "off":
+                    assert job.taken == {"va": forged} and b"a model" in found[2]
+                    return
+                assert all(f"a call from {HERE} outside of its session" in each for each in found)
+            assert not job.taken and hub.sessions.counts.cloned == 3
+            await until(lambda: site.second.text)
+            assert f"second process from {HERE}" in hub.sessions.seconds["va"]
+            assert site.session.since and not running.done()
+            own, begun = vector(b"the site's own", bytes(INLINE))
+            (tmp_path / "own").write_bytes(own)
+            await site.session._transfers.upload(begun, tmp_path / "own")  # control: the same call
+            assert job.taken == {"va": own}
+
+    with hub_trail:
+        asyncio.run(play())
+    if rule == "on":
+        lines = recorded(tmp_path / "hub", "refused")
+        assert {line["call"] for line in lines} == {"Upload", "UploadOffset", "Download"}
+        assert {line["word"] for line in lines} == {"cloned"}
+
+
+@pytest.mark.parametrize("how", ["the site comes back", "revoked", "evicted"])
+def test_a_transfer_under_way_ends_when_it_may_not_go_on(files, va, tmp_path, how):
+    """A thief's that began while the site was away; and that of a site which was sent away."""
+    data, start = vector(b"forged", bytes(PART))
+
+    async def play():
+        async with (
+            coordinator(files, now, tmp_path) as hub,
+            contextlib.AsyncExitStack() as opened,
+        ):
+            hub.jobs["job"] = job = JobThatWaits(None)
+
+            async def change():
+                await until(lambda: list((tmp_path / "spool").rglob("part-*")))
+                if how == "revoked":
+                    files.revoke("va")
+                elif how == "evicted":
+                    hub.sessions.evict("va", undo=False)
+                else:
+                    site, _ = await opened.enter_async_context(site_process(va))
+                    await until(lambda: site.session.since)
+
+            config, kit = read_config(va / "site.toml"), Kit.load(va / "kit")
+            async with open_channel(kit, *config.addresses[0]) as channel:
+                upload = channel.stream_unary(calls.UPLOAD.path)
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await upload(parts(start, data, change))
+            assert not job.taken and hub.sessions.counts.cloned == 0
 
     asyncio.run(play())
 
