@@ -108,8 +108,13 @@ class JobMachine:
         self._at, self._out = at, []
         try:
             self._take(event)
-        except OutOfOrder as error:  # resent after a reconnect
-            self._out.append(effects.Info(str(error)))
+        except (
+            OutOfOrder
+        ) as error:  # resent after a reconnect, or overtaken by the round: nobody's fault
+            text = (
+                f"a message that came again or late: found {error.found}, expected {error.expected}"
+            )
+            self._out.append(effects.Info(f"site {error.fault}: dropped {text}"))
         except PeerRefused as error:
             if isinstance(event, events.Advance | events.Resumed):
                 raise  # not caused by a site
