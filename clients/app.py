@@ -48,6 +48,7 @@ from fedcore_clients.session import ForJobs, Session
 from fedcore_clients.state_files import require_sealed
 from fedcore_clients.trainer import Loaded, Training
 
+from fedcore.audit import noted
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.lines import Fact
 from fedcore.audit.trail import OWN_FILES as AUDIT_FILES
@@ -91,7 +92,7 @@ STATUS_FILE, RECIPE_FILE = "status.json", "job.json"
 
 OWN_FILES = (
     "journal.sqlite*", "spool", "states", "jobs", APPROVALS, LEDGER_FILE, STATUS_FILE, AUDIT_FILES,
-    CONTROL_FILE, LOCK_FILE, NEWEST_FILE, APPROVED_FILE, ROSTERS_FOLDER,
+    CONTROL_FILE, LOCK_FILE, noted.COMMANDS_FILE, NEWEST_FILE, APPROVED_FILE, ROSTERS_FOLDER,
 )  # fmt: skip
 """What this process keeps in its folder, for its user alone."""
 
@@ -386,7 +387,15 @@ class Site:
         except (StoreProblem, OSError) as error:
             LOG.warning("roster: %s", error)
 
+    def _take_commands(self) -> None:
+        """Record what the operator commanded; where the disk refuses it, at a later look."""
+        try:
+            noted.take_notes(self.context.folder, self.context.audit.record)
+        except (StoreProblem, BadInput, OSError) as error:
+            LOG.warning("commands of the operator: not recorded: %s", error)
+
     async def _obey(self) -> None:
+        self._take_commands()
         policy, changed = self.context.policy, self.policy_file.refresh()
         if changed:
             self._note("policy", word="read again", **policy_facts(self.config))

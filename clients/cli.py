@@ -526,10 +526,10 @@ def _trail(config: Path) -> TrailPlace:
     pinned = pins.get(SiteId(found.site))
     if pinned is None:
         raise BadInput(f"roster: found no site {found.site!r} on it, expected its identity key")
-    earlier = kept_pins(found.folder / ROSTERS_FOLDER, authority, federation)
+    every = kept_pins(found.folder / ROSTERS_FOLDER, authority, federation, pins)
     return TrailPlace(
         found.folder, f"site {found.site}", lambda _: {site_key(pinned)},
-        TrustedParties(federation, authority, [*pins.items(), *earlier], found.site),
+        TrustedParties(federation, authority, every, found.site), found.folder,
     )  # fmt: skip
 
 

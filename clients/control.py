@@ -2,15 +2,18 @@
 
 `control.json` in the site's folder has it. A command replaces the file, and the process looks for a change several
 times a second, so it holds for a process that starts later, and after a restart. Invariant: the file is replaced
-whole, for this user only, and two commands at once do not lose what one of them wrote.
+whole, for this user only, and two commands at once do not lose what one of them wrote. Each command leaves a note
+first, which the process signs in its audit trail: also of a pause that ended before the process was started again.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from fedcore.audit import noted
 from fedcore.errors import BadInput, Refused
 from fedcore.files import WatchedFile, read_json, write_json
 from fedcore.files.disk import close_to_others, make_folder, refusals, sync_folder
@@ -58,8 +61,11 @@ def read_control(folder: Path) -> Control:
     return Control(away, since, vetoed)
 
 
-def _change(folder: Path, to: Callable[[Control], Control]) -> Control:
-    """Replace the file; durable on return. Raises StoreProblem, BadInput, and Refused while another command does."""
+def _change(
+    folder: Path, call: str, to: Callable[[Control], Control], jobs: Iterable[str] = ()
+) -> Control:
+    """Replace the file, after a note about this call on these jobs; durable on return. Raises StoreProblem, BadInput,
+    and Refused while another command does."""
     path = folder / CONTROL_FILE
     with refusals("folder", folder):
         make_folder(folder)
@@ -67,6 +73,8 @@ def _change(folder: Path, to: Callable[[Control], Control]) -> Control:
         lock = FileLock(folder / LOCK_FILE, _busy)
         try:
             found = to(read_control(folder))
+            about = {"jobs": tuple(jobs)} if jobs else {}
+            noted.leave_note(folder, call, datetime.now(UTC), **about)
             write_json(path, asdict(found))
             sync_folder(folder)
         finally:
@@ -82,27 +90,29 @@ def _busy(process: str) -> Refused:
 
 def pause(folder: Path) -> Control:
     """Take part in nothing until `resume`."""
-    return _change(folder, lambda now: replace(now, away="paused", since=time.time()))
+    return _change(folder, "pause", lambda now: replace(now, away="paused", since=time.time()))
 
 
 def leave(folder: Path, jobs: Iterable[str]) -> Control:
     """The same, and take no further part in these jobs, also after `resume`."""
+    jobs = tuple(jobs)
     return _change(
-        folder,
-        lambda now: Control("left", time.time(), tuple(dict.fromkeys((*now.vetoed, *jobs)))),
-    )
+        folder, "leave",
+        lambda now: Control("left", time.time(), tuple(dict.fromkeys((*now.vetoed, *jobs)))), jobs,
+    )  # fmt: skip
 
 
 def resume(folder: Path) -> Control:
     """Take part again, in what was not vetoed."""
-    return _change(folder, lambda now: replace(now, away="", since=time.time()))
+    return _change(folder, "resume", lambda now: replace(now, away="", since=time.time()))
 
 
 def veto(folder: Path, job: str) -> Control:
     """Take no further part in this job."""
     return _change(
-        folder, lambda now: replace(now, vetoed=tuple(dict.fromkeys((*now.vetoed, job))))
-    )
+        folder, "veto",
+        lambda now: replace(now, vetoed=tuple(dict.fromkeys((*now.vetoed, job)))), (job,),
+    )  # fmt: skip
 
 
 class ControlFile:

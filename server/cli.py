@@ -248,11 +248,12 @@ def _trail(config: Path) -> TrailPlace:
     authority = read_limited(found.kit / AUTHORITY_FILE)
     pins, _ = read_pins(found.roster, authority, found.name)
     rosters = found.roster.parent / ENROLMENT_FOLDER / ROSTERS_FOLDER
-    earlier = kept_pins(rosters, authority, found.name)
+    every = kept_pins(rosters, authority, found.name, pins)
     return TrailPlace(
         found.folder, f"coordinator of {found.name}",
         lambda data: coordinator_keys(data, authority, found.name),
-        TrustedParties(found.name, authority, [*pins.items(), *earlier], COORDINATOR),
+        TrustedParties(found.name, authority, every, COORDINATOR),
+        rosters.parent,
     )  # fmt: skip
 
 

@@ -15,10 +15,8 @@ be repeated. What a site needs to be admitted stands in the roster before its ce
 from __future__ import annotations
 
 import json
-import os
-import pwd
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,9 +25,10 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric import ec
 from fedcore_server.config import FederationConfig
 
-from fedcore.audit.lines import Fact, checked_facts
-from fedcore.errors import BadInput, Refused, UnknownName, printable
-from fedcore.files import append_row, read_json, write_atomic, write_json
+from fedcore.audit import noted
+from fedcore.audit.lines import Fact
+from fedcore.errors import BadInput, Refused, UnknownName
+from fedcore.files import read_json, write_atomic, write_json
 from fedcore.files.lock import one_at_a_time
 from fedcore.identity.authority import Authority
 from fedcore.identity.join_messages import JoinAnswer, JoinLine, JoinRefused, JoinRequest, read_csr
@@ -41,7 +40,7 @@ from fedcore.identity.verify import fingerprint
 from fedcore.types import SiteId
 
 ENROLMENT_FOLDER = "enrolment"
-COMMANDS_FILE, ROSTERS_FOLDER = "commands.jsonl", "rosters"
+ROSTERS_FOLDER = "rosters"
 
 State = Literal["invited", "asked", "approved", "joined", "revoked"]
 
@@ -266,24 +265,11 @@ class FederationFiles:
     def note(self, call: str, now: datetime, **facts: Fact) -> None:
         """Leave a line about a command for the coordinator's audit trail: only the serving process, if there is one,
         has it open."""
-        with self._locked():
-            about = {"call": call, "user": user_name(), "at": _iso(now), **facts}
-            append_row(self._folder, about, COMMANDS_FILE)
+        noted.leave_note(self._folder, call, now, **facts)
 
     def take_notes(self, record: Callable[..., None]) -> None:
-        """Record the commands since the last call, in their order. Raises StoreProblem; then they stay. A process that
-        is killed meanwhile records them again, at its next start."""
-        path = self._folder / COMMANDS_FILE
-        if not path.exists():
-            return
-        with self._locked():
-            for line in path.read_text().splitlines():
-                try:
-                    facts = checked_facts("operator", json.loads(line))
-                except (ValueError, TypeError, AttributeError):
-                    facts = {"call": "unknown", "text": printable(line, 200)}
-                record("operator", **facts)
-            path.unlink()
+        """Record the commands since the last call. Raises StoreProblem."""
+        noted.take_notes(self._folder, record)
 
     # ---------------------------------------------------------------------------------------- parts
 
@@ -345,14 +331,6 @@ def _read(path: Path) -> Enrolment:
         return Enrolment(**{**found, "serials": tuple(found["serials"])})
     except (TypeError, KeyError):
         raise BadInput(f"{path}: found other keys than an invitation has") from None
-
-
-def user_name() -> str:
-    """The user of this machine who runs this command; its number, where it has no name."""
-    number = os.getuid()
-    with suppress(KeyError):
-        return pwd.getpwuid(number).pw_name
-    return str(number)
 
 
 def _iso(moment: datetime) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcore.cli.console import echo, emit
+from fedcore.cli.console import echo, emit, say
 from fedcore.errors import EXIT_REFUSED, BadInput, Refused
 
 if TYPE_CHECKING:
@@ -27,12 +27,26 @@ _MOST = 20
 
 @dataclass(frozen=True)
 class TrailPlace:
-    """A party's trail. trusted: from its bytes, the keys that may have signed it; federation: for other files."""
+    """A party's trail. trusted: from its bytes, the keys that may have signed it; federation: for other files; notes:
+    the folder of commands that are not in the trail yet."""
 
     folder: Path
     party: str
     trusted: Callable[[bytes], set[str]]
     federation: TrustedParties
+    notes: Path
+
+    def waiting(self) -> list[str]:
+        """That commands are not signed yet, in words."""
+        from fedcore.audit.noted import COMMANDS_FILE, waiting_notes
+
+        number = waiting_notes(self.notes)
+        if not number:
+            return []
+        are = "1 command is" if number == 1 else f"{number} commands are"
+        return [
+            f"{are} not in the trail and not signed until the process starts: {self.notes / COMMANDS_FILE}"
+        ]
 
     def read(self) -> bytes:
         """The bytes of the trail. Raises BadInput."""
@@ -72,7 +86,8 @@ def audit_commands(place: Callable[[Path], TrailPlace], default: Path) -> typer.
     ) -> None:
         """Check every line. Names the line where one was changed, deleted, moved, inserted or cut off."""
         found = place(config)
-        _told(found, _verdict(found, receipts or [], set(key or [])), as_json)
+        verdict, notes = _verdict(found, receipts or [], set(key or []))
+        _told(found, verdict, notes, as_json)
 
     @app.command()
     def show(
@@ -90,6 +105,8 @@ def audit_commands(place: Callable[[Path], TrailPlace], default: Path) -> typer.
             return
         for text in _table(lines):
             echo(text)
+        for note in place(config).waiting():
+            say(f"note: {note}")
 
     @app.command()
     def export(
@@ -113,7 +130,10 @@ def audit_commands(place: Callable[[Path], TrailPlace], default: Path) -> typer.
     return app
 
 
-def _verdict(found: TrailPlace, receipts: Sequence[Path], keys: set[str]) -> Verdict:
+def _verdict(
+    found: TrailPlace, receipts: Sequence[Path], keys: set[str]
+) -> tuple[Verdict, tuple[str, ...]]:
+    """The verdict, and what of the evidence does not count."""
     from fedcore.audit.evidence import Evidence
     from fedcore.audit.receipt import RECEIPTS_FILE
     from fedcore.audit.verification import verify
@@ -122,10 +142,11 @@ def _verdict(found: TrailPlace, receipts: Sequence[Path], keys: set[str]) -> Ver
     data, evidence = found.read(), Evidence()
     for path in [*([own] if own.is_file() else []), *receipts]:
         evidence += federation.read(path)
-    return verify(data, found.trusted(data) | keys, evidence.anchors, evidence.witnesses)
+    verdict = verify(data, found.trusted(data) | keys, evidence.anchors, evidence.witnesses)
+    return verdict, (*evidence.notes, *found.waiting())
 
 
-def _told(found: TrailPlace, verdict: Verdict, as_json: bool) -> None:
+def _told(found: TrailPlace, verdict: Verdict, notes: tuple[str, ...], as_json: bool) -> None:
     """Print a verdict. Raises Refused where something is wrong."""
     number, digest = verdict.head
     if as_json:
@@ -134,12 +155,15 @@ def _told(found: TrailPlace, verdict: Verdict, as_json: bool) -> None:
                 "party": found.party, "whole": not verdict.findings, "lines": len(verdict.lines),
                 "last": number, "hash": digest, "confirmed": verdict.proven,
                 "findings": [{"line": each.line, "what": each.what} for each in verdict.findings],
+                "notes": list(notes),
             }
         )  # fmt: skip
         if verdict.findings:
             raise typer.Exit(EXIT_REFUSED)
         return
     findings = verdict.findings
+    for note in notes:
+        echo(f"note: {note}")
     if not findings:
         last = verdict.lines[-1].time if verdict.lines else "never"
         echo(

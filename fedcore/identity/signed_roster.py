@@ -23,12 +23,12 @@ import base64
 import binascii
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -197,20 +197,31 @@ def keep_roster(folder: Path, roster: SignedRoster) -> None:
         roster.save(path)
 
 
+class KeptPin(NamedTuple):
+    """A site with a key that it has or had. until: when the first roster without it was signed, UTC, in the form of an
+    audit line's time without fractions; "" where the newest one has it."""
+
+    site: SiteId
+    key: bytes
+    until: str = ""
+
+
 def kept_pins(
-    folder: Path, authority_pem: bytes, federation: str
-) -> Iterator[tuple[SiteId, bytes]]:
-    """The sites of all rosters that were kept, each with each key that it had, the newest roster first. A file that the
-    federation's authority did not sign counts for nothing."""
-    known = set()
+    folder: Path, authority_pem: bytes, federation: str, pins: Mapping[SiteId, bytes]
+) -> list[KeptPin]:
+    """The sites of a roster and of all rosters that were kept, each with each key that it had, the newest roster first.
+    pins: of the roster that is read now. A file that the federation's authority did not sign counts for nothing."""
+    known: dict[tuple[SiteId, bytes], str] = {}
     numbers = (int(path.stem) for path in folder.glob("*.toml") if path.stem.isdecimal())
+    after = ""
     for number in sorted(numbers, reverse=True):
         with suppress(BadInput, SignatureRefused, RosterRefused):
-            pins, _ = read_pins(folder / f"{number}.toml", authority_pem, federation)
-            for pin in pins.items():
-                if pin not in known:
-                    known.add(pin)
-                    yield pin
+            found, roster = read_pins(folder / f"{number}.toml", authority_pem, federation)
+            for pin in found.items():
+                known.setdefault(pin, after)
+            after = f"{roster.issued:%Y-%m-%dT%H:%M:%SZ}" if roster is not None else after
+    now = {pin: known.get(pin, "") for pin in pins.items()}
+    return [KeptPin(*pin, until) for pin, until in (now | known).items()]
 
 
 def changes_of(sites: Mapping[SiteId, bytes], before: Mapping[SiteId, bytes]) -> list[str]:

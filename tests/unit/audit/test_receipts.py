@@ -12,12 +12,14 @@ from fedcore_server.receipts import Receipts as CoordinatorReceipts
 
 from fedcore.audit.evidence import COORDINATOR, TrustedParties
 from fedcore.audit.keys import CoordinatorSigner, SiteSigner, site_key
+from fedcore.audit.lines import Line, stamp
 from fedcore.audit.receipt import RECEIPTS_FILE, Receipt, read_receipts
 from fedcore.audit.trail import TRAIL_FILE, AuditTrail
 from fedcore.audit.verification import verify
 from fedcore.errors import BadInput, Refused
 from fedcore.identity.authority import LOOPBACK, Authority
 from fedcore.identity.kit import Kit
+from fedcore.identity.signed_roster import KeptPin
 from fedcore.secagg.crypto.identity_key import IdentityKey
 
 NOW = datetime.now(UTC)
@@ -65,13 +67,14 @@ def town(tmp_path, kits):
         )  # fmt: skip
 
 
-def federation(of="va"):
-    return TrustedParties("town", OURS.certificate_pem, [*PINS.items()], of)
+def federation(of="va", until=""):
+    pins = [KeptPin(name, key, until if name != of else "") for name, key in PINS.items()]
+    return TrustedParties("town", OURS.certificate_pem, pins, of)
 
 
-def checked(town, *files, of="va"):
-    """The findings of a trail with evidence from these files."""
-    evidence = [federation(of).read(path) for path in files]
+def checked(town, *files, of="va", until=""):
+    """The findings of a trail with evidence from these files. until: when the other sites left the roster."""
+    evidence = [federation(of, until).read(path) for path in files]
     folder, key = town.folder / (of or "hub"), {town.hub._signer.public}
     if of:
         key = {site_key(PINS[of])}
@@ -122,6 +125,47 @@ def test_round_that_another_site_saw_released_is_missed(town):
         "line 3: before it no line of a round is there: the trail of site ch, line 3, has release 1 of "
         "job heart-1"
     )
+
+
+def released(trail, header):
+    about = {"header": header * 32, "number": 1, "job": "heart-1", "survivors": ["va", "ch"]}
+    trail.record("released", **about)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_what_a_site_signed_after_it_was_revoked_accuses_nobody(town, left):
+    """A thief has its key, and writes releases that the others are to have hidden; what it signed before counts."""
+    times = iter([1.8e9 + number for number in range(9)])
+    with AuditTrail.open(
+        town.folder / "ch", SiteSigner(KEYS["ch"]), {"party": "ch"}, now=lambda: next(times)
+    ) as other:
+        released(other, "aa")
+        released(other, "bb")
+        released(other, "cc")
+    path = town.folder / "ch" / TRAIL_FILE
+    lines = [Line.parse(raw) for raw in path.read_bytes().splitlines()]
+    until = lines[1].time[:19] + "Z" if left else ""
+    found, _ = checked(town, path, until=until)
+    assert len(found) == (1 if left else 3), "control: with the key on the roster all count"
+    assert "line 2, has release" in found[0]
+    (note,) = federation("va", until).read(path).notes or ("",)
+    assert note == (
+        f"the trail of site ch from line 3 on counts for nothing: its key left the roster at {until}"
+        if left
+        else ""
+    )
+
+
+def test_lines_that_are_dated_back_behind_one_that_is_too_late_do_not_count(town):
+    times = iter([1.8e9, 1.8e9 + 100, 1.8e9 + 1])
+    with AuditTrail.open(
+        town.folder / "ch", SiteSigner(KEYS["ch"]), {"party": "ch"}, now=lambda: next(times)
+    ) as other:
+        released(other, "aa")
+        released(other, "bb")
+    path = town.folder / "ch" / TRAIL_FILE
+    until = stamp(1.8e9 + 50)
+    assert checked(town, path, until=until)[0] == []
 
 
 def test_older_copy_of_the_trail_confirms_it(town):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from fedcore_clients import control
 from fedcore_clients.app import Site
+from fedcore_clients.cli import main
 from fedcore_clients.control import ControlFile, read_control
 from fedcore_clients.hours import DAYS, Hours
 from fedcore_clients.policy import PolicySection, SitePolicy
@@ -21,12 +22,14 @@ from pydantic import ValidationError
 from support.deployed_jobs import certificate, loaded, offered, submitted
 from support.policies import BENCH, policy_of
 
+from fedcore.audit.noted import user_name, waiting_notes
 from fedcore.errors import BadInput, Refused, UnknownName
 from fedcore.files import write_json
 from fedcore.files.lock import FileLock
 from fedcore.secagg.protocol import job_messages as job
 from fedcore.secagg.protocol import messages
 from fedcore.wire.records import TO_SITE, pack_record
+from tests.support.live_sessions import recorded, site_process, until
 
 
 def test_what_the_operator_said_outlives_every_process(tmp_path):
@@ -52,6 +55,37 @@ def test_two_commands_at_once_do_not_lose_a_word(tmp_path):
     lock.release()
     control.pause(tmp_path)
     assert read_control(tmp_path).away == "paused"
+
+
+def test_commands_while_the_site_is_stopped_are_signed_at_its_next_start(va, capsys):
+    """Also of a pause that is over by then, of which the process sees no trace in control.json."""
+    folder, asked = va / "state", ("verify", "show")
+
+    async def started():
+        async with site_process(va):
+            await until(lambda: not waiting_notes(folder))
+
+    asyncio.run(started())
+    control.pause(folder)
+    control.resume(folder)
+    control.leave(folder, ["j1"])
+    assert waiting_notes(folder) == 3
+    assert not recorded(folder, "operator"), "control: nothing has signed them yet"
+    for word in asked:
+        with pytest.raises(SystemExit):
+            main(["audit", word, "--config", str(va / "site.toml")])
+        said = "".join(capsys.readouterr())
+        assert (
+            "note: 3 commands are not in the trail and not signed until the process starts" in said
+        )
+    asyncio.run(started())
+    found = recorded(folder, "operator")
+    assert [each["call"] for each in found] == ["pause", "resume", "leave"]
+    assert found[2]["jobs"] == ["j1"]
+    assert {each["user"] for each in found} == {user_name()}
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", "verify", "--config", str(va / "site.toml")])
+    assert ended.value.code == 0 and "commands" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"away": "gone", "since": 1, "vetoed": []}', "[1]"])

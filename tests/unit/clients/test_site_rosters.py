@@ -60,8 +60,9 @@ def test_rosters_that_were_seen_are_kept(site):
     site.take(2, "abcd")
     folder = site.config.folder / ROSTERS_FOLDER
     assert sorted(path.name for path in folder.iterdir()) == ["1.toml", "2.toml", "3.toml"]
-    pins = kept_pins(folder, site.kit.authority_pem, site.kit.peer.federation)
-    assert [name for name, _ in pins] == ["a", "b", "c", "d"]
+    pins = kept_pins(folder, site.kit.authority_pem, site.kit.peer.federation, {})
+    assert [pin.site for pin in pins] == ["a", "b", "c", "d"]
+    assert [bool(pin.until) for pin in pins] == [False, False, False, True]
 
 
 def test_a_policy_that_takes_any_roster_needs_no_approval(tmp_path):

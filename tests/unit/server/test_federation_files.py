@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,11 +19,12 @@ from fedcore_server.authority_key import (
 )
 from fedcore_server.cli import main
 from fedcore_server.config import read_config
-from fedcore_server.federation import FederationFiles, user_name
+from fedcore_server.federation import FederationFiles
 from fedcore_server.federation_views import roster_lines, sites_rows
 from support.keystores import cheap_scrypt, passphrase_file
 
 from fedcore.audit.keys import SiteSigner
+from fedcore.audit.noted import user_name
 from fedcore.audit.trail import TRAIL_FILE, AuditTrail
 from fedcore.errors import AlreadyExists, BadInput, CertificateRefused, Refused, StoreFull
 from fedcore.identity.identities import write_roster
@@ -42,11 +44,6 @@ from tests.support.live_sessions import recorded
 @pytest.fixture(autouse=True)
 def _cheap(monkeypatch):
     cheap_scrypt(monkeypatch)
-
-
-@pytest.fixture
-def files(tmp_path):
-    return new_federation(tmp_path / "federation")
 
 
 def asked(files, site, folder):
@@ -216,13 +213,16 @@ def test_every_roster_is_kept_with_the_keys_of_sites_that_left(files, tmp_path):
         "3.toml",
         "4.toml",
     ]
-    pins = list(kept_pins(folder, files.authority_pem, files.config.name))
-    assert pins == [("va", second), ("va", first)]
+    third = tomllib.loads((folder / "3.toml").read_text())
+    pins = kept_pins(folder, files.authority_pem, files.config.name, {"va": second, "ch": first})
+    assert pins == [
+        ("va", second, ""), ("ch", first, ""), ("va", first, f"{third['issued']:%Y-%m-%dT%H:%M:%SZ}")
+    ]  # fmt: skip
     (folder / "2.toml").write_text(
         (folder / "2.toml").read_text().replace("number = 2", "number = 9")
     )
-    pins = list(kept_pins(folder, files.authority_pem, files.config.name))
-    assert pins == [("va", second)], "one that the authority did not sign counts for nothing"
+    pins = kept_pins(folder, files.authority_pem, files.config.name, {})
+    assert pins == [("va", second, "")], "one that the authority did not sign counts for nothing"
 
 
 # ------------------------------------------------------------------------------------------ the key
