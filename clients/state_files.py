@@ -83,7 +83,7 @@ class StateFiles:
         """What is written into a file."""
         if self._sealer is None:
             return (data,)
-        return self._sealer.seal(data, STATES, self.folder.name, path.name)
+        return self._sealer.seal((data,), STATES, self.folder.name, path.name)
 
     def write(self, path: Path, data: bytes) -> None:
         """Write the current state or a candidate; durable on return."""

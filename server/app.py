@@ -15,7 +15,7 @@ from functools import partial
 
 import grpc.aio
 from fedcore_server.authority_key import find_authority
-from fedcore_server.config import FederationConfig, LimitsSection
+from fedcore_server.config import JOURNAL_FILE, FederationConfig, LimitsSection
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.coordinator import Coordinator
 from fedcore_server.enrolment import Enrolments, enrolling, open_enrolments
@@ -24,6 +24,7 @@ from fedcore_server.folding import FoldPool
 from fedcore_server.grpc_service import handlers
 from fedcore_server.probes import ADDRESS, Probes, serve_metrics
 from fedcore_server.receipts import Receipts
+from fedcore_server.sealed_models import require_sealed_models
 from fedcore_server.tls import SERVER_OPTIONS, Gate, bind, server_credentials
 
 from fedcore.audit.keys import CoordinatorSigner
@@ -102,6 +103,8 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
     revoked = Revocations(config.revoked)
     limits = config.limits
     close_to_others(config.folder, OWN_FILES)
+    sealer = config.file_sealer()
+    require_sealed_models(config.folder, sealer)
     signer = CoordinatorSigner(kit)
     # Before the fold processes: they must not inherit the passphrase in the environment.
     authority = find_authority(config) if config.enrol_port is not None else None
@@ -120,7 +123,7 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
                 limits.grace_seconds, limits.enough_seconds, _vectors(limits, len(rosters)),
             ),
             limits, audit, Receipts(audit, signer, config.name),
-            enrolments.renew if enrolments is not None else None,
+            enrolments.renew if enrolments is not None else None, sealer=sealer,
         )  # fmt: skip
         gate = Gate(
             config.name, rosters, revoked, lambda: datetime.now(UTC),
@@ -144,7 +147,7 @@ def open_journal(config: FederationConfig, kit: Kit, show: Callable[[str], None]
     coordinator of this federation: then this one waits as a standby, and `show` says so. Raises FedcoreError."""
     party = config.party
     if config.database is None:
-        return Journal.open(config.folder / "journal.sqlite", party=party)
+        return Journal.open(config.folder / JOURNAL_FILE, party=party, sealer=config.row_sealer())
     from fedcore.store.postgresql import PostgresqlDatabase
 
     authority = fingerprint(kit.authority_pem)

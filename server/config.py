@@ -10,18 +10,19 @@ enrol_port = 7444           # where sites join (`fed-coordinator invite`); off w
 [enrolment]                 host = "hub.example.org"      approval = "automatic"  # or "manual"
 authority = "authority"     unlock = "file:/run/secrets/authority"          certificate_days = 90
 key = "pkcs11:token=..."    # the authority's key is in a token, and `unlock` gives its PIN
-[keystore]                  unlock = "file:/run/secrets/hub-passphrase"     # kit/key.pem encrypted at rest
+[keystore]                  unlock = "file:/run/secrets/hub-passphrase"     # key, journal, models: encrypted at rest
 [limits]                    stage_seconds, gather_seconds, minimum_sites, enough_vectors, ...
 
 operator.toml: the coordinator of an operator's commands.
 
 coordinator = "hub.example.org:7443"    kit = "kit"    proxy = "none"
+[keystore]                  unlock = "prompt"           # kit/key.pem encrypted at rest
 """
 
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,15 +30,26 @@ from fedcore.errors import BadInput
 from fedcore.files.toml import Section, read_toml
 from fedcore.identity.addresses import endpoint
 from fedcore.identity.encrypted_files import required
-from fedcore.identity.keystore import open_keystore
+from fedcore.identity.keystore import Keystore, open_keystore
 from fedcore.identity.keystore_backup import KeptKeys
-from fedcore.identity.kit import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE, Kit, read_private
+from fedcore.identity.kit import (
+    AUTHORITY_FILE,
+    CERTIFICATE_FILE,
+    KEY_FILE,
+    Kit,
+    read_private,
+)
 from fedcore.identity.passphrase import KeystoreSection
 from fedcore.identity.preflight import CoordinatorAddress
 from fedcore.identity.proxies import ProxySection
 from fedcore.identity.tokens import TokenUri
+from fedcore.store.sealed_files import FileSealer
 from fedcore.wire.calls import KEEPALIVE_SECONDS, MOST_KEEPALIVE
 
+if TYPE_CHECKING:
+    from fedcore.store.sealing import RowSealer
+
+JOURNAL_FILE = "journal.sqlite"
 OPERATOR_FILE = "operator.toml"
 OPERATOR_VARIABLE = "FEDCORE_OPERATOR"
 METRICS_FILE = "metrics.jsonl"
@@ -133,12 +145,28 @@ class FederationConfig(Section):
         """The party, as its journal and its keystore name it."""
         return f"coordinator of {self.name}"
 
+    def opened_keystore(self) -> Keystore | None:
+        """What key, journal and models are encrypted with; None where they are in clear. Raises BadInput."""
+        return None if self.keystore is None else open_keystore(self.keystore, self.party)
+
     def read_kit(self) -> Kit:
         """Certificate and key. Raises BadInput, CertificateRefused."""
-        section = self.keystore
-        if section is None:
-            return Kit.load(self.kit)
-        return Kit.load(self.kit, open_keystore(section, self.party).password(KEY_FILE))
+        found = self.opened_keystore()
+        return Kit.load(self.kit, None if found is None else found.password(KEY_FILE))
+
+    def row_sealer(self) -> "RowSealer | None":
+        """What the journal in `folder` is encrypted with. Raises BadInput."""
+        from fedcore.store.sealing import (
+            RowSealer,
+        )  # not for operators' commands: SQLAlchemy takes long
+
+        found = self.opened_keystore()
+        return None if found is None else RowSealer(found.journal_key())
+
+    def file_sealer(self) -> FileSealer | None:
+        """What the models below `jobs/` are encrypted with. Raises BadInput."""
+        found = self.opened_keystore()
+        return None if found is None else FileSealer(found.files_key())
 
 
 def read_config(path: Path) -> FederationConfig:
@@ -154,11 +182,14 @@ def read_config(path: Path) -> FederationConfig:
 def kept_coordinator(config: FederationConfig, path: Path) -> KeptKeys:
     """What a backup of the coordinator's keys consists of. path: of federation.toml. Raises BadInput without a
     [keystore]."""
-    section, kit = required(config.keystore, path), config.kit
+    return _kept(required(config.keystore, path), config.party, config.kit)
+
+
+def _kept(section: KeystoreSection, party: str, kit: Path) -> KeptKeys:
     return KeptKeys(
-        config.party, section.file, {KEY_FILE: kit / KEY_FILE},
+        party, section.file, {KEY_FILE: kit / KEY_FILE},
         {name: kit / name for name in (AUTHORITY_FILE, CERTIFICATE_FILE)},
-        lambda: open_keystore(section, config.party), section.read, "fed-coordinator keystore",
+        lambda: open_keystore(section, party), section.read, "fed-coordinator keystore",
     )  # fmt: skip
 
 
@@ -179,9 +210,24 @@ def _database(path: Path, found: FederationConfig) -> str | None:
 
 
 class OperatorConfig(CoordinatorAddress):
-    """The coordinator that an operator calls, and the folder of the certificate."""
+    """The coordinator that an operator calls, and the folder of the certificate. keystore: what its key is encrypted
+    with."""
 
     kit: Path
+    keystore: KeystoreSection | None = None
+    party: ClassVar = "operator"
+    """As its keystore names it: of whose name is no matter, since each keystore has a key of its own."""
+
+    def read_kit(self) -> Kit:
+        """Certificate and key. Raises BadInput, CertificateRefused."""
+        if self.keystore is None:
+            return Kit.load(self.kit)
+        return Kit.load(self.kit, open_keystore(self.keystore, self.party).password(KEY_FILE))
+
+
+def kept_operator(place: OperatorConfig, path: Path) -> KeptKeys:
+    """What a backup of an operator's key consists of. path: of operator.toml. Raises BadInput without a [keystore]."""
+    return _kept(required(place.keystore, path), place.party, place.kit)
 
 
 def find_place(coordinator: str | None, kit: Path | None, file: Path | None) -> OperatorConfig:
@@ -190,9 +236,11 @@ def find_place(coordinator: str | None, kit: Path | None, file: Path | None) -> 
     named = file or (Path(os.environ[OPERATOR_VARIABLE]) if os.getenv(OPERATOR_VARIABLE) else None)
     if named is None and (coordinator is None or kit is None) and Path(OPERATOR_FILE).is_file():
         named = Path(OPERATOR_FILE)
-    proxy = ProxySection()
+    proxy, keystore = ProxySection(), None
     if named is not None:
         found = read_toml(OperatorConfig, named, paths=("kit",))
+        if kit is None and found.keystore is not None:  # it is of that kit, and of no other
+            keystore = found.keystore.placed(named, f"{named.name}: keystore.unlock")
         coordinator, kit = coordinator or found.coordinator, kit or found.kit
         proxy = found.proxy.placed(named.resolve().parent, f"{named.name}: proxy")
     if coordinator is None or kit is None:
@@ -203,4 +251,4 @@ def find_place(coordinator: str | None, kit: Path | None, file: Path | None) -> 
             f"with --operator or ${OPERATOR_VARIABLE}",
         )
     endpoint(coordinator)
-    return OperatorConfig(coordinator=coordinator, kit=kit, proxy=proxy)
+    return OperatorConfig(coordinator=coordinator, kit=kit, proxy=proxy, keystore=keystore)

@@ -13,6 +13,7 @@ from fedcore.audit.trail import NoTrail, Recorder
 from fedcore.identity.roster import RosterFile
 from fedcore.secagg.protocol.job.coordinator.facts import Limits
 from fedcore.store.journal import Journal
+from fedcore.store.sealed_files import FileSealer
 from fedcore.store.spool import Spool
 
 
@@ -23,7 +24,7 @@ class CoordinatorContext:
     rosters: the newest roster; a job has its own, that of its submission. quota: what operators may submit. audit:
     `audit.record(event, **facts)` appends a line to the coordinator's audit trail. receipts: for those of the sites.
     certify: a certificate (PEM) for a site and its CSR (DER), None where none are made; blocking. retry_seconds: before
-    a retry of what the disk refused.
+    a retry of what the disk refused. sealer: what models are encrypted with on disk; None: they are in clear.
     """
 
     federation: str
@@ -40,3 +41,4 @@ class CoordinatorContext:
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     retry_seconds: float = 2.0
+    sealer: FileSealer | None = None

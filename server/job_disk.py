@@ -1,17 +1,19 @@
 """What one job of a coordinator has on disk: its journal, its part of the spool, and files for people.
 
-Small files of the round under way are in the journal too, with the record that relies on them, in one
-commit, and so without an fsync of their own (decision 0012). After a power cut the next start writes a lost file
-again. Every error of the disk is raised as StoreProblem or OSError, and the caller's state is unchanged.
+A model is written as `sealed_models.py` has it. Small files of the round under way are in the journal too, with the
+record that relies on them, in one commit, and so without an fsync of their own (decision 0012). After a power cut the
+next start writes a lost file again. Every error of the disk is raised as StoreProblem or OSError, and the caller's
+state is unchanged.
 """
 
 import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, BinaryIO, Generic
 
 from fedcore_server.config import METRICS_FILE
+from fedcore_server.sealed_models import MODEL_FILE, SealedModels
 
 from fedcore.errors import DataLost, StoreProblem
 from fedcore.files import ROUNDS_FILE, append_row, write_atomic
@@ -34,7 +36,7 @@ from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.coordinator.job")
 ROUND = "round"
-MODEL_FILE, JOB_FILE = "model.safetensors", "job.toml"
+JOB_FILE = "job.toml"
 _VECTOR, _SUM = "vector-", "sum-"
 """Prefixes of the keys of small files in the journal."""
 _MODEL, _JOB_FILE = "model", "toml"
@@ -101,8 +103,16 @@ class JobLogFile(Generic[Row]):
 class JobDisk:
     """Journal, spool and folder of one job. directory: where people find its files."""
 
-    def __init__(self, journal: Journal, spool: Spool, directory: Path, facts: JobFacts) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        spool: Spool,
+        directory: Path,
+        facts: JobFacts,
+        models: SealedModels,
+    ) -> None:
         self._journal, self.spool, self._directory = journal, spool, directory
+        self._models = models
         self._facts, self._job = facts, facts.id
         self._rounds = JobLogFile(directory / ROUNDS_FILE, facts.rounds)
         self._metrics = JobLogFile(directory / METRICS_FILE, facts.metrics)
@@ -306,10 +316,14 @@ class JobDisk:
         """Write an upload among the job's files, whole or not at all."""
         path, stored = self._directory / MODEL_FILE, self.uploads[digest]
         with refusals("model", path):
-            write_atomic(path, container.read(stored.path))
+            write_atomic(path, self._models.content(path, container.read(stored.path)))
             sync_folder(path.parent)
             if self._journal.elsewhere and stored.travels <= MOST_SHARED:
                 self.put({_MODEL: path.read_bytes()})
+
+    def open_file(self, path: Path) -> BinaryIO:
+        """One of the job's files, to be read in clear. Raises StoreProblem, OSError."""
+        return self._models.open(path) if path.name == MODEL_FILE else path.open("rb")
 
     def discard(self, header: bytes | None) -> None:
         """Remove the files under this header; of all rounds if None, after the end of the job."""

@@ -22,6 +22,7 @@ from functools import cached_property, partial
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.folding import JobSum
 from fedcore_server.job_disk import JobDisk
+from fedcore_server.sealed_models import SealedModels
 from fedcore_server.sessions import Sessions
 
 from fedcore.audit.round_facts import release
@@ -133,7 +134,8 @@ class JobRunner:
         context, self.roster = self.context, roster
         facts = JobFacts(context.federation, self.offer, roster.sites, context.limits)
         self.machine, self.facts = JobMachine(facts), facts
-        self.disk = JobDisk(context.journal, context.spool, self.directory, facts)
+        sealed = SealedModels(context.sealer)
+        self.disk = JobDisk(context.journal, context.spool, self.directory, facts, sealed)
         self._sum = JobSum(context.pool, self.disk, context.retry_seconds)
         self._plan = JobPlan(self.offer, roster.sites)
 

@@ -1,7 +1,7 @@
-"""fed-coordinator keystore: the keys of the coordinator and of the authority, encrypted at rest and kept.
+"""fed-coordinator keystore: what coordinator, authority and operators have is encrypted at rest, and its keys are kept.
 
-The coordinator's key is encrypted where federation.toml has a [keystore]; the authority's always is, with a keystore
-in its own folder.
+The coordinator's key, journal and models are encrypted where federation.toml has a [keystore], an operator's key where
+operator.toml has one; the authority's key always is, with a keystore in its own folder.
 """
 
 from __future__ import annotations
@@ -26,42 +26,59 @@ class Party(StrEnum):
 
     COORDINATOR = "coordinator"
     AUTHORITY = "authority"
+    OPERATOR = "operator"
 
 
 Of = Annotated[
-    Party, typer.Option("--of", help="Whose keystore: that of [keystore], or the authority's.")
+    Party,
+    typer.Option(
+        "--of", help="Whose keystore: that of federation.toml, the authority's, an operator's."
+    ),
+]
+OperatorFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--operator", help="The operator's file; default: $FEDCORE_OPERATOR, or operator.toml here."
+    ),
 ]
 _HERE = Path("federation.toml")
 
 keystore_app = typer.Typer(
-    help="Encrypt the keys of coordinator and authority at rest.", no_args_is_help=True
+    help="Encrypt what coordinator, authority and operators keep.", no_args_is_help=True
 )
 
 
 @keystore_app.command("encrypt")
-def encrypt_key(config: Config = _HERE, as_json: AsJson = False) -> None:
-    """Encrypt kit/key.pem, with the passphrase that [keystore] names. Can be repeated if it was interrupted."""
-    from fedcore_server.config import read_config
+def encrypt_key(
+    of: Of = Party.COORDINATOR,
+    config: Config = _HERE,
+    operator: OperatorFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Encrypt the coordinator's key, journal and models. Or an operator's key; may be repeated."""
+    from fedcore_server.config import find_place, read_config
+    from fedcore_server.private_files import encrypt, encrypt_operator
 
-    from fedcore.identity.encrypted_files import (
-        encrypt_keys,
-        encrypted_lines,
-        key_files,
-        required,
-    )
-    from fedcore.identity.kit import KEY_FILE
+    from fedcore.errors import BadInput
+    from fedcore.identity.encrypted_files import encrypted_lines
 
-    place = read_config(config)
-    section, files = required(place.keystore, config), key_files({KEY_FILE: place.kit / KEY_FILE})
-    _, made, done = encrypt_keys(section, place.party, files)
-    lines = list(encrypted_lines({"keystore": str(section.file), "made": made, "encrypted": done}))
-    if done:
-        _note(config, "encrypt", Party.COORDINATOR)
+    if of is Party.AUTHORITY:
+        raise BadInput(
+            "--of: found 'authority', whose key is always encrypted, expected coordinator or operator",
+            remedy="fed-coordinator keystore status",
+        )
+    if of is Party.OPERATOR:
+        found = encrypt_operator(find_place(None, None, operator), _operator_file(operator))
+    else:
+        found = encrypt(read_config(config), config)
+    lines = list(encrypted_lines(found))
+    if found["encrypted"]:
+        _note(config, "encrypt", of)
+        which = "" if of is Party.COORDINATOR else f" --of {of}"
         lines += [
-            "next: restart a running coordinator; fed-coordinator keystore backup FILE, and a copy of the passphrase "
-            "elsewhere"
+            f"next: fed-coordinator keystore backup FILE{which}, and a copy of the passphrase elsewhere"
         ]
-    _print(as_json, {"keystore": str(section.file), "made": made, "encrypted": done}, lines)
+    _print(as_json, found, lines)
 
 
 @keystore_app.command("rotate")
@@ -73,13 +90,14 @@ def rotate_passphrase(
     config: Config = _HERE,
     authority: AuthorityFolder = None,
     passphrase_file: Passphrase = None,
+    operator: OperatorFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Change the passphrase. Keys stay as they are."""
     from fedcore.identity.keystore_backup import rotate, rotated_lines
     from fedcore.identity.passphrase import KeystoreSection
 
-    kept = _kept(of, config, authority, passphrase_file)
+    kept = _kept(of, config, authority, passphrase_file, operator)
     section = KeystoreSection(unlock=new).placed(config, "--new")
     found = rotate(kept, section, lambda: _note(config, "rotate", of))
     _print(as_json, found, rotated_lines(found))
@@ -92,12 +110,13 @@ def back_up_keys(
     config: Config = _HERE,
     authority: AuthorityFolder = None,
     passphrase_file: Passphrase = None,
+    operator: OperatorFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Write an encrypted copy of the keys. It opens with the passphrase of now."""
     from fedcore.identity.keystore_backup import back_up, backed_up_lines
 
-    found = back_up(_kept(of, config, authority, passphrase_file), file)
+    found = back_up(_kept(of, config, authority, passphrase_file, operator), file)
     _note(config, "backup", of)
     _print(as_json, found, backed_up_lines(found))
 
@@ -109,22 +128,26 @@ def restore_keys(
     config: Config = _HERE,
     authority: AuthorityFolder = None,
     passphrase_file: Passphrase = None,
+    operator: OperatorFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Put the keys of a backup in their places. Overwrites nothing."""
     from fedcore.identity.keystore_backup import restore, restored_lines
 
-    found = restore(_kept(of, config, authority, passphrase_file), file)
+    found = restore(_kept(of, config, authority, passphrase_file, operator), file)
     if found["restored"]:
         _note(config, "restore", of)
     _print(as_json, found, restored_lines(found))
 
 
 @keystore_app.command("status")
-def show_keystore(config: Config = _HERE, as_json: AsJson = False) -> None:
-    """Show how the keys of coordinator and authority are encrypted. Needs no passphrase."""
+def show_keystore(
+    config: Config = _HERE, operator: OperatorFile = None, as_json: AsJson = False
+) -> None:
+    """Show what of coordinator, authority and operator is encrypted. Needs no passphrase."""
     from fedcore_server.authority_key import ASKED, authority_folder, find_unlock
-    from fedcore_server.config import read_config
+    from fedcore_server.config import OPERATOR_FILE, find_place, read_config
+    from fedcore_server.private_files import own_key, private_files
 
     from fedcore.identity.encrypted_files import key_files, keystore_json, keystore_lines
     from fedcore.identity.keystore import KEYSTORE_FILE
@@ -132,7 +155,7 @@ def show_keystore(config: Config = _HERE, as_json: AsJson = False) -> None:
     from fedcore.identity.passphrase import KeystoreSection
 
     place = read_config(config)
-    found = keystore_json(place.keystore, key_files({KEY_FILE: place.kit / KEY_FILE}))
+    found = keystore_json(place.keystore, private_files(place))
     lines, folder = [*keystore_lines(found)], authority_folder(place, None)
     if (token := place.enrolment.token) is not None:
         found["authority"] = {"token": str(token)}
@@ -142,14 +165,29 @@ def show_keystore(config: Config = _HERE, as_json: AsJson = False) -> None:
         section = KeystoreSection(unlock=unlock, file=folder / KEYSTORE_FILE)
         found["authority"] = keystore_json(section, key_files({KEY_FILE: folder / KEY_FILE}))
         lines += ["authority", *keystore_lines(found["authority"])]
+    own = operator or config.absolute().parent / "operator" / OPERATOR_FILE
+    if own.is_file():
+        called = find_place(None, None, own)
+        found["operator"] = keystore_json(called.keystore, own_key(called))
+        lines += ["operator", *keystore_lines(found["operator"])]
     _print(as_json, found, lines)
 
 
-def _kept(of: Party, config: Path, authority: Path | None, file: Path | None) -> KeptKeys:
-    """What is kept of a party. file: with the authority's passphrase."""
-    from fedcore_server.authority_key import ASKED, find_unlock, kept_authority
-    from fedcore_server.config import kept_coordinator, read_config
+def _operator_file(named: Path | None) -> Path:
+    from fedcore_server.config import OPERATOR_FILE
 
+    return named or Path(OPERATOR_FILE)
+
+
+def _kept(
+    of: Party, config: Path, authority: Path | None, file: Path | None, operator: Path | None
+) -> KeptKeys:
+    """What is kept of a party. file: with the authority's passphrase; operator: operator.toml."""
+    from fedcore_server.authority_key import ASKED, find_unlock, kept_authority
+    from fedcore_server.config import find_place, kept_coordinator, kept_operator, read_config
+
+    if of is Party.OPERATOR:
+        return kept_operator(find_place(None, None, operator), _operator_file(operator))
     place = read_config(config)
     if of is Party.COORDINATOR:
         return kept_coordinator(place, config)
@@ -158,12 +196,14 @@ def _kept(of: Party, config: Path, authority: Path | None, file: Path | None) ->
 
 
 def _note(config: Path, what: str, of: Party) -> None:
-    """Leave a line about a command for the audit trail."""
+    """Leave a line about a command for the coordinator's audit trail; an operator's own machine has none."""
     from datetime import UTC, datetime
 
     from fedcore_server.config import read_config
     from fedcore_server.federation import FederationFiles
 
+    if of is Party.OPERATOR:
+        return
     files = FederationFiles(read_config(config))
     files.note(f"keystore {what}", datetime.now(UTC), party=of.value)
 

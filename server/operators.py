@@ -26,7 +26,6 @@ from fedcore.errors import AlreadyExists, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
 from fedcore.files.units import in_bytes
 from fedcore.identity.addresses import authority_of
-from fedcore.identity.kit import Kit
 from fedcore.identity.peer import require_role
 from fedcore.identity.preflight import channel_target, preflight
 from fedcore.learning.app_jobs import refuse_of_app
@@ -54,7 +53,7 @@ class Operator:
 
     def __init__(self, place: OperatorConfig) -> None:
         """Raises BadInput and CertificateRefused for the kit."""
-        self._place, self._kit = place, Kit.load(place.kit)
+        self._place, self._kit = place, place.read_kit()
         require_role(self._kit.peer, [calls.OPERATOR, calls.OBSERVER])
         self.where = authority_of(place.host, place.port)
 

@@ -199,7 +199,7 @@ class OperatorsApi:
         for path in await asyncio.to_thread(lambda: sorted(found.directory.iterdir())):
             if path.name.startswith("."):
                 continue
-            with path.open("rb") as file:
+            with found.disk.open_file(path) as file:
                 for part in chunks.file_parts(path.name, file):
                     yield calls.RESULT.gives.pack(part)
 

@@ -151,7 +151,8 @@ def read_key(path: Path, password: SecretBytes | None = None) -> PrivateKeyTypes
         if password is None:
             raise BadInput(
                 f"{path}: found a key under a passphrase, expected one without",
-                remedy="[keystore] in site.toml, or federation.toml, names what opens it (docs/enrolment.md)",
+                remedy="[keystore] in site.toml, federation.toml or operator.toml names what opens it "
+                "(docs/enrolment.md)",
             ) from None
         raise BadInput(
             f"{path}: found a key in clear, expected it encrypted, as [keystore] says",

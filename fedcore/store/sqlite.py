@@ -27,6 +27,10 @@ from fedcore.files.lock import FileLock
 from fedcore.store.database import SCHEMA, check_meta, tables
 
 
+class JournalInUse(StoreProblem):
+    """Another process has the journal open."""
+
+
 class SqliteFile:
     """Everything specific to SQLite: the file and its lock, durability, erasing, integrity check."""
 
@@ -96,13 +100,14 @@ class SqliteFile:
         if self.sealed == name:
             return
         if not self.sealed:
-            found, remedy = "it in clear, expected it encrypted", "fed-site keystore encrypt"
+            found = "it in clear, expected it encrypted"
+            remedy = "`keystore encrypt` of fed-site, or of fed-coordinator, encrypts it"
         elif not name:
             found = "it encrypted, expected it in clear"
-            remedy = "[keystore] in site.toml names the keystore that opens it (docs/enrolment.md)"
+            remedy = "[keystore] in site.toml, or federation.toml, names what opens it (docs/enrolment.md)"
         else:
             found = "it encrypted with another keystore's key, expected this one's"
-            remedy = "restore the keystore of this site, or start it anew with an empty folder"
+            remedy = "restore the keystore of this party, or start it anew with an empty folder"
         raise StoreProblem(f"{self.name}: found {found}", remedy=remedy)
 
     @property
@@ -180,7 +185,7 @@ def _lock(path: Path) -> FileLock:
     """The journal's lock. Raises StoreProblem with the id of the process that has it."""
 
     def refusal(holder: str) -> StoreProblem:
-        return StoreProblem(
+        return JournalInUse(
             f"journal {path}: found process {holder} using it, expected no other process",
             remedy="one process to a party: stop that one, or give this one a folder of its own",
         )

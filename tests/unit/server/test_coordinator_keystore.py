@@ -8,16 +8,22 @@ import os
 import ssl
 
 import pytest
+from fedcore_server.app import open_journal
 from fedcore_server.cli import main
-from fedcore_server.config import kept_coordinator, read_config
+from fedcore_server.config import find_place, kept_coordinator, read_config
 from fedcore_server.federation import FederationFiles
+from fedcore_server.job_disk import JobDisk
+from fedcore_server.operators import Operator
+from fedcore_server.private_files import private_files
+from fedcore_server.sealed_models import MODEL_FILE, SealedModels, require_sealed_models
 from fedcore_server.tls import server_credentials
 from support.federations import PASSPHRASE as AUTHORITYS
 from support.federations import authority_of, new_federation, now
+from support.job_parts import facts_of
 from support.keystores import PASSPHRASE, cheap_scrypt, passphrase_file
 from support.killed import killed_before
 
-from fedcore.errors import BadInput, EnvelopeRefused
+from fedcore.errors import BadInput, EnvelopeRefused, StoreProblem
 from fedcore.files import lock
 from fedcore.files.disk import open_to_others
 from fedcore.identity.keystore import Keystore, KeystoreFile
@@ -25,6 +31,9 @@ from fedcore.identity.keystore_backup import back_up, restore, rotate
 from fedcore.identity.kit import KEY_FILE, KitFile
 from fedcore.identity.passphrase import KeystoreSection
 from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.store.journal import Journal
+from fedcore.store.sealed_files import FileSealer
+from fedcore.store.spool import Spool
 
 
 @pytest.fixture
@@ -33,8 +42,13 @@ def place(tmp_path, monkeypatch):
     cheap_scrypt(monkeypatch)
     path = new_federation(tmp_path / "one").config.roster.parent / "federation.toml"
     unlock = f"file:{passphrase_file(tmp_path / 'secrets')}"
-    path.write_text(f"{path.read_text()}\n[keystore]\nunlock = {unlock!r}\n")
+    for each in (path, operator_of(path)):
+        each.write_text(f"{each.read_text()}\n[keystore]\nunlock = {unlock!r}\n")
     return path
+
+
+def operator_of(place):
+    return place.parent / "operator" / "operator.toml"
 
 
 def command(capsys, *arguments):
@@ -49,7 +63,7 @@ def test_the_key_is_encrypted_and_serves_and_a_renewed_certificate_is_used(place
         read_config(place).read_kit()
     assert "in clear" in command(capsys, "status", "--config", str(place))[1]
     code, out, err = command(capsys, "encrypt", "--config", str(place))
-    assert (code, err) == (0, "") and "restart a running coordinator" in out
+    assert (code, err) == (0, "") and "keystore backup FILE" in out
     config = read_config(place)
     kit = config.read_kit()
     assert kit.key_pem.reveal() == before.key_pem.reveal()
@@ -65,25 +79,25 @@ def test_the_key_is_encrypted_and_serves_and_a_renewed_certificate_is_used(place
 
 
 OTHER = "another passphrase entirely"
-PARTIES = ("coordinator", "authority")
-
-
-def name_of(party):
-    return party if party == "authority" else "kit"
+KITS = {"coordinator": "kit", "authority": "authority", "operator": "operator/kit"}
+KEYSTORES = {"coordinator": ".", "authority": "authority", "operator": "operator"}
 
 
 @pytest.fixture
 def words(place, capsys, tmp_path):
     """How a command names the federation, its passphrases in files; all keys are encrypted."""
+    operator = ["--of", "operator", "--operator", str(operator_of(place))]
     command(capsys, "encrypt", "--config", str(place))
+    command(capsys, "encrypt", *operator)
     secret = passphrase_file(tmp_path / "of-authority", AUTHORITYS)
     return {
+        "operator": operator,
         "coordinator": ["--config", str(place)],
         "authority": ["--of", "authority", "--config", str(place), "--passphrase-file", str(secret)],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("party", PARTIES)
+@pytest.mark.parametrize("party", KITS)
 def test_keys_come_back_from_a_backup_after_the_disk_was_lost(
     place, words, party, capsys, tmp_path
 ):
@@ -93,23 +107,22 @@ def test_keys_come_back_from_a_backup_after_the_disk_was_lost(
     assert out.stat().st_mode & 0o077 == 0
     data = out.read_bytes()
     assert b"PRIVATE KEY" not in data and PASSPHRASE.encode() not in data
-    lost = {path: path.read_bytes() for path in (place.parent / name_of(party)).iterdir()}
-    lost |= {place.parent / "keystore.json": (place.parent / "keystore.json").read_bytes()}
-    if party == "authority":
-        del lost[place.parent / "keystore.json"]
+    kept = place.parent / KEYSTORES[party] / "keystore.json"
+    lost = {path: path.read_bytes() for path in (place.parent / KITS[party]).iterdir()}
+    lost[kept] = kept.read_bytes()
     for path in lost:
-        if party == "coordinator" or path.name != "authority.pem":
+        if party != "authority" or path.name != "authority.pem":
             path.unlink()
     code, said, err = command(capsys, "restore", str(out), *words[party])
     assert (code, err) == (0, "") and "restored " in said
     assert {path: path.read_bytes() for path in lost} == lost
     assert "everything was there already" in command(capsys, "restore", str(out), *words[party])[1]
-    (place.parent / name_of(party) / "key.pem").write_text("another key")
+    (place.parent / KITS[party] / "key.pem").write_text("another key")
     code, _, err = command(capsys, "restore", str(out), *words[party])
     assert code != 0 and "a restore overwrites nothing" in err
 
 
-@pytest.mark.parametrize("party", PARTIES)
+@pytest.mark.parametrize("party", KITS)
 def test_a_backup_without_its_passphrase_is_useless(place, words, party, capsys, tmp_path):
     out = tmp_path / "kept.backup"
     command(capsys, "backup", str(out), *words[party])
@@ -132,7 +145,7 @@ def test_a_backup_without_its_passphrase_is_useless(place, words, party, capsys,
     assert code == 2 and "found mode 0644, expected 0600" in err
 
 
-@pytest.mark.parametrize("party", PARTIES)
+@pytest.mark.parametrize("party", KITS)
 def test_a_new_passphrase_opens_the_same_keys(place, words, party, capsys, tmp_path):
     keys = {path: path.read_bytes() for path in place.parent.rglob("key.pem")}
     new = passphrase_file(tmp_path / "new", OTHER)
@@ -243,3 +256,104 @@ def test_a_key_in_clear_or_a_lost_keystore_is_refused(place, capsys):
     place.write_text(place.read_text().partition("[keystore]")[0])
     code, _, err = command(capsys, "encrypt", "--config", str(place))
     assert code == 2 and "federation.toml: found no [keystore]" in err
+
+
+# ------------------------------------------------------------------------------------- an operator's key
+
+
+def test_an_operators_key_is_encrypted_and_opens_with_its_own_passphrase(place, words, capsys):
+    kept = find_place(None, None, operator_of(place))
+    assert b"ENCRYPTED" in (kept.kit / KEY_FILE).read_bytes()
+    assert Operator(kept).where == "localhost:" + str(kept.port)
+    found = json.loads(command(capsys, "status", "--config", str(place), "--json")[1])
+    assert found["operator"]["files"][0]["state"] == "encrypted"
+    with pytest.raises(BadInput, match="found a key under a passphrase, expected one without") as e:
+        Operator(find_place("localhost:1", kept.kit, operator_of(place)))
+    assert "operator.toml" in e.value.remedy, "a kit that is named has no keystore"
+    code, _, err = command(capsys, "encrypt", "--of", "authority", "--config", str(place))
+    assert code == 2 and "always encrypted" in err
+    operator_of(place).write_text(operator_of(place).read_text().partition("[keystore]")[0])
+    code, _, err = command(capsys, "encrypt", *words["operator"])
+    assert code == 2 and "operator.toml: found no [keystore]" in err
+
+
+# ------------------------------------------------------------------------- the journal, and models of jobs
+
+SUM, MODEL = bytes(range(1, 200)), bytes(range(200, 0, -1)) * 9000
+
+
+def given(config, sealer, job="job"):
+    """A job of this coordinator to which the sites gave a model."""
+    journal = Journal.open(
+        config.folder / "journal.sqlite", party=config.party, sealer=config.row_sealer()
+    )
+    spool, folder = Spool(config.folder / "spool"), config.folder / "jobs" / job
+    folder.mkdir(parents=True)
+    disk = JobDisk(journal, spool, folder, facts_of(), SealedModels(sealer))
+    stored = spool.put(job, "upload", [MODEL[:7], MODEL[7:]])
+    disk.uploads[stored.digest] = stored
+    disk.keep_model(stored.digest)
+    spool.drop(job)
+    disk.put({"sum-1": SUM})
+    journal.close()
+    return disk, folder / MODEL_FILE
+
+
+def found_on_disk(config):
+    files = [path.read_bytes() for path in config.folder.rglob("*") if path.is_file()]
+    return [what for what in (SUM, MODEL[-64:]) if any(what in data for data in files)]
+
+
+def test_stolen_files_of_a_coordinator_hold_no_sum_and_no_model(place, capsys):
+    config = read_config(place)
+    given(config.model_copy(update={"keystore": None}), None)
+    assert found_on_disk(config) == [SUM, MODEL[-64:]], "control: without a keystore"
+    with pytest.raises(StoreProblem, match="found it in clear"):
+        require_sealed_models(config.folder, FileSealer(SecretBytes(bytes(32))))
+    code, out, err = command(capsys, "encrypt", "--config", str(place))
+    assert (code, err) == (0, "") and "journal.sqlite" in out and MODEL_FILE in out
+    assert found_on_disk(config) == []
+    disk, path = given(config, config.file_sealer(), "second")
+    assert found_on_disk(config) == []
+    with disk.open_file(path) as file:
+        assert file.read() == MODEL
+    with SealedModels(config.file_sealer()).open(
+        config.folder / "jobs" / "job" / MODEL_FILE
+    ) as file:
+        assert file.seek(1 << 20) == 1 << 20 and file.read(9) == MODEL[1 << 20 :][:9]
+    require_sealed_models(config.folder, config.file_sealer())
+    with open_journal(config, config.read_kit(), pytest.fail) as journal:
+        assert journal.get("job", "sum-1") == SUM
+        states = {f.name: f.state for f in private_files(config)}
+        assert states == {"key.pem": "encrypted", "journal.sqlite": "in use", "jobs": "encrypted"}
+        code, _, err = command(capsys, "encrypt", "--config", str(place))
+        assert code != 0 and "found process" in err, "not while it runs"
+
+
+def test_a_model_of_another_job_or_in_the_other_form_is_refused(place, capsys):
+    config = read_config(place)
+    command(capsys, "encrypt", "--config", str(place))
+    (_, one), (disk, two) = (
+        given(config, config.file_sealer()),
+        given(config, config.file_sealer(), "2"),
+    )
+    two.write_bytes(one.read_bytes())
+    with pytest.raises(StoreProblem, match="not encrypted for this place"):
+        disk.open_file(two)
+    one.write_bytes(MODEL)
+    with pytest.raises(StoreProblem, match="found it in clear"):
+        require_sealed_models(config.folder, config.file_sealer())
+    one.unlink()
+    with pytest.raises(StoreProblem, match="found it encrypted, expected it in clear"):
+        require_sealed_models(config.folder, None)
+
+
+def test_a_journal_in_clear_is_refused_where_there_is_a_keystore(place, capsys):
+    config = read_config(place)
+    Journal.open(config.folder / "journal.sqlite", party=config.party).close()
+    (config.folder / "journal.sqlite").rename(place.parent / "kept")
+    command(capsys, "encrypt", "--config", str(place))
+    (place.parent / "kept").rename(config.folder / "journal.sqlite")
+    with pytest.raises(StoreProblem, match="found it in clear") as error:
+        open_journal(config, config.read_kit(), pytest.fail)
+    assert "fed-coordinator" in error.value.remedy

@@ -22,7 +22,7 @@ def sealer():
 
 
 def written(path, sealer, content, *place):
-    path.write_bytes(b"".join(sealer.seal(content, *(place or PLACE))))
+    path.write_bytes(b"".join(sealer.seal((content,), *(place or PLACE))))
     return path
 
 
@@ -43,7 +43,7 @@ def test_content_of_any_length_comes_back(tmp_path, sealer, size):
 
 def test_the_same_content_is_never_sealed_the_same_way(tmp_path, sealer):
     """A key that seals two contents would give their difference away."""
-    files = [b"".join(sealer.seal(bytes(64), *PLACE)) for _ in range(20)]
+    files = [b"".join(sealer.seal((bytes(64),), *PLACE)) for _ in range(20)]
     boxes = [file[at : at + 16] for file in files for at in range(HEAD, len(file), 32)]
     assert len(set(boxes)) == len(boxes) == 80
 
@@ -73,7 +73,7 @@ def test_any_change_is_refused(tmp_path_factory, data):
     """Bytes changed, cut off, appended, repeated; boxes left out or put in another order."""
     sealer = FileSealer(KEY)
     size = data.draw(st.integers(0, 80))
-    whole = b"".join(sealer.seal(bytes(size), *PLACE))
+    whole = b"".join(sealer.seal((bytes(size),), *PLACE))
     head, body = whole[:HEAD], whole[HEAD:]
     boxes = [body[at : at + 32] for at in range(0, len(body), 32)]
     kind = data.draw(st.sampled_from(["byte", "cut", "append", "order", "leave out", "repeat"]))
@@ -103,7 +103,7 @@ def test_any_change_is_refused(tmp_path_factory, data):
 
 def test_a_box_of_another_file_of_the_same_place_is_refused(tmp_path, sealer):
     """An earlier content of the same file, whose boxes have the same numbers."""
-    one, two = (b"".join(sealer.seal(each * 40, *PLACE)) for each in (b"1", b"2"))
+    one, two = (b"".join(sealer.seal((each * 40,), *PLACE)) for each in (b"1", b"2"))
     path = tmp_path / "f"
     path.write_bytes(one[: HEAD + 32] + two[HEAD + 32 :])
     with pytest.raises(StoreProblem, match="not encrypted for this place"):

@@ -85,7 +85,12 @@ def test_a_journal_in_the_other_form_is_refused_with_the_way_out(path, tmp_path)
     clear = tmp_path / "clear.sqlite"
     filled(clear, None)
     for where, sealer, found, remedy in (
-        (clear, SEALER, "found it in clear, expected it encrypted", "fed-site keystore encrypt"),
+        (
+            clear,
+            SEALER,
+            "found it in clear, expected it encrypted",
+            "`keystore encrypt` of fed-site",
+        ),
         (path, None, "found it encrypted, expected it in clear", "[keystore]"),
         (path, OTHER, "encrypted with another keystore's key", "restore the keystore"),
     ):
