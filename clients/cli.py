@@ -471,23 +471,11 @@ def privacy(config: Config = _HERE, as_json: AsJson = False) -> None:
     """List what jobs spent of the privacy of this site's rows. Epsilon of each set of rows, and of each job."""
     from fedcore_clients.config import read_config
     from fedcore_clients.ledger import read_spends
-    from fedcore_clients.privacy_limits import spend_lines, total_epsilon
+    from fedcore_clients.privacy_limits import spend_lines, spends_json
 
     found = read_config(config)
     spends, limits = read_spends(found.folder, found.ledger_sealer()), found.policy
-    rows = dict.fromkeys(each.rows for each in spends)
-    totals = {
-        each: total_epsilon([s for s in spends if s.rows == each], limits.lifetime_delta)
-        for each in rows
-    }
-    _print(
-        as_json,
-        {
-            "epsilon": totals, "delta": limits.lifetime_delta, "lifetime_epsilon": limits.lifetime_epsilon,
-            "spends": [each.to_json() for each in spends],
-        },
-        spend_lines(spends, limits),
-    )  # fmt: skip
+    _print(as_json, spends_json(spends, limits), spend_lines(spends, limits))
 
 
 @app.command()

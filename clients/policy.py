@@ -16,7 +16,7 @@ from operator import gt, lt, ne
 from typing import Annotated, Any, Literal
 
 from fedcore_clients.hours import Hours
-from fedcore_clients.privacy_limits import PrivacyLimits, Spend, cost_of, total_epsilon
+from fedcore_clients.privacy_limits import PrivacyLimits, Spend, total_epsilon
 from pydantic import Field, StrictBool, field_validator
 
 from fedcore.config import TrainSection, build_job, read_settings
@@ -181,7 +181,7 @@ class SitePolicy:
             return self._refusal(
                 "privacy.unit", privacy.unit, f"{units.pop()} as in earlier jobs over the same rows", "lifetime_epsilon"
             )  # fmt: skip
-        total = total_epsilon(before, delta, cost_of(privacy, rounds))
+        total = total_epsilon(before, delta, privacy.rounds(rounds))
         if total <= most:
             return None
         spent = total_epsilon(before, delta)

@@ -18,12 +18,11 @@ from typing import Annotated, Any, Literal, TypedDict
 from pydantic import BeforeValidator, Field, ValidationError
 
 from fedcore.config.unsupported import refuse_unsupported
-from fedcore.errors import BadInput, PlanRefused, UnknownName
+from fedcore.errors import BadInput, UnknownName
 from fedcore.files.toml import Section, found_and_expected, read_tables
 from fedcore.secagg import algorithms, packing, plan, protections
 from fedcore.secagg.encode.pack import limb_count
-from fedcore.secagg.privacy.accounting import noise_multiplier
-from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
+from fedcore.secagg.privacy.privacy_plan import EACH_SITE, PrivacyPlan
 from fedcore.types import Json, SiteId
 
 
@@ -101,13 +100,16 @@ class PrivacySection(Section):
     epsilon, delta: what all rounds together may cost a unit; protect.bits is then 20 by default. unit: whose data
     that is about: a "record" (one row), a "column" (the rows with one id in the task's group column) or a "site", which
     takes 100 sites or more. clip: the largest L2 norm of a unit's gradient. colluders: sites that may hand over all
-    they hold."""
+    they hold. noise: enough of it in each "sum", or in the vector of each "site". sample_rate: the share of its units
+    that a site takes in a round, drawn by itself."""
 
     epsilon: float | None = Field(default=None, gt=0, le=100)
     delta: float = Field(default=1e-5, gt=0, lt=1)
     unit: Literal["record", "column", "site"] = "record"
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     colluders: int = Field(default=1, ge=0)
+    noise: Literal["sum", "site"] = "sum"
+    sample_rate: float = Field(default=1.0, gt=0, le=1)
 
 
 # `validate` was a function of pydantic's models before its version 2.
@@ -245,6 +247,8 @@ class Settings(TypedDict, total=False):
     unit: Literal["record", "column", "site"]
     clip: float
     colluders: int
+    noise: Literal["sum", "site"]
+    sample_rate: float
     round: Mapping[str, object]
     rounds: int
     validate: float | None
@@ -391,27 +395,9 @@ def plan_of(
         settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=protect.cipher,
         model=shape.model,
     )  # fmt: skip
-    return (
-        found if job.privacy.epsilon is None else found.with_privacy(privacy_plan(job, len(sites)))
-    )
-
-
-def privacy_plan(job: Job, sites: int) -> PrivacyPlan:
-    """What a plan states of a job with privacy: the noise that its epsilon takes. Raises BadInput, and PlanRefused for
-    the unit "site"."""
-    section, rounds = job.privacy, job.round.rounds
-    assert section.epsilon is not None
-    if section.unit == "site":
-        z = noise_multiplier(section.epsilon, section.delta, rounds)
-        raise PlanRefused(
-            f"privacy.unit: found 'site' for {sites} sites, expected 100 sites or more: with noise multiplier {z:.3g} "
-            f"each coordinate of the mean of {sites} has noise of {z / sites:.2g} times the clip norm in every round, "
-            f"while one of 1000 equal coordinates of an update is {1000**-0.5:.2g} of it",
-            remedy='unit = "record", or "column" for all rows of one person',
-        )
-    return PrivacyPlan.calibrated(
-        section.epsilon, section.delta, rounds, clip=section.clip, unit=section.unit, colluders=section.colluders
-    )  # fmt: skip
+    if job.privacy.epsilon is None:
+        return found
+    return found.with_privacy(PrivacyPlan.calibrated(job.privacy, each.rounds))
 
 
 def packing_of(job: Job, sites: int, fields: int | None = None) -> packing.Packing:
@@ -522,7 +508,7 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     run = sections[""]
     if run.fold >= run.folds:
         raise BadInput(f"fold: found {run.fold}, expected 0 to folds - 1 = {run.folds - 1}")
-    _require_privacy(sections["privacy"], merged["privacy"], protect)
+    _require_privacy(sections["privacy"], merged["privacy"], protect, sections["round"])
     rest = (sections["privacy"], sections["round"], sections["track"], sites, base, of_task)
     return Job(run, sections["train"], protect, *rest)
 
@@ -546,7 +532,7 @@ def _require_validation(section: RoundSection) -> None:
 
 
 def _require_privacy(
-    section: PrivacySection, given: Mapping[str, Any], protect: ProtectSection
+    section: PrivacySection, given: Mapping[str, Any], protect: ProtectSection, each: RoundSection
 ) -> None:
     if section.epsilon is None:
         if set_ := [name for name, value in given.items() if value is not None]:
@@ -560,6 +546,17 @@ def _require_privacy(
             f"protect.range: found {protect.range} with privacy.epsilon, expected none",
             remedy="privacy fixes the range, by privacy.clip and protect.max_examples",
         )
+    if section.noise == EACH_SITE and section.colluders != PrivacySection().colluders:
+        raise BadInput(
+            f"privacy.colluders: found {section.colluders} with privacy.noise 'site', expected none",
+            remedy="the noise of one site is enough there, whatever all others hand over",
+        )
+    for key in ("keep", "patience"):
+        if (found := getattr(each, key)) not in (None, "last"):
+            raise BadInput(
+                f"round.{key}: found {found!r} with privacy.epsilon, expected none",
+                remedy="a round that is chosen by exact scores tells of the rows that it was judged by, without noise",
+            )
 
 
 def _sites_of(value: Any, base: Path) -> dict[str, Any]:

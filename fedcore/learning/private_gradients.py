@@ -3,7 +3,8 @@
 Invariant: adding or removing one unit (a row, or all rows of one group) changes the sum by at most the clip norm in
 L2, whatever the unit's rows are: gradients are taken of each row alone, added up for each unit, and scaled down to the
 norm. A unit whose gradient is not finite counts as zero.
-Abadi et al. 2016 (arXiv 1607.00133), algorithm 1, with every row in every step. Gradients of many rows at once by
+Abadi et al. 2016 (arXiv 1607.00133), algorithm 1, with every unit in every step, or each with the same probability.
+Gradients of many rows at once by
 `vmap(grad(functional_call))` in float64; where a task's code cannot be vectorised, row by row as it is.
 """
 
@@ -25,7 +26,8 @@ from fedcore.learning.device import beside
 from fedcore.learning.model import seeded
 from fedcore.learning.task import Task
 from fedcore.learning.training import LOOP_CODE, TrainReport, loss_of, predict, task_code
-from fedcore.types import WideVector
+from fedcore.secagg.privacy.privacy_plan import COLUMN, SITE
+from fedcore.types import FloatVector, WideVector
 
 _SHRINK = 1.0 - 1e-6
 """Clipped vectors are a little shorter than the norm, by more than the last bits of all rows' gradients together can
@@ -35,8 +37,23 @@ In float32 the gradients of 10,000 rows would change by a share of the clip norm
 _ELEMENTS = 1 << 22
 """Gradients in memory at once, in numbers: 32 MB."""
 
+Sample = Callable[[int], NDArray[np.bool_]]
+"""For so many units: which are in the round."""
+
+
+def _everyone(units: int) -> NDArray[np.bool_]:
+    return np.ones(units, dtype=np.bool_)
+
+
 Gradients = NDArray[np.float64]
 """(rows, d): the gradient of each row's loss, parameters in the order of a flat model."""
+
+
+def refuse_site(task: Task, module: nn.Module, rows: Rows, unit: str, site: str) -> None:
+    """Raise BadInput for a task or rows of a site without gradients of this unit: before anything is sent or spent."""
+    if unit != SITE:
+        refuse_task(task, module)
+        _codes(rows, unit, site)
 
 
 def refuse_task(task: Task, module: nn.Module) -> None:
@@ -62,18 +79,20 @@ def refuse_task(task: Task, module: nn.Module) -> None:
 
 
 def clipped_sum(
-    task: Task, module: nn.Module, rows: Rows, *, clip: float, unit: str, seed: int, round_: int, site: str
+    task: Task, module: nn.Module, rows: Rows, *, clip: float, unit: str, seed: int, round_: int, site: str,
+    sample: Sample = _everyone,
 ) -> tuple[WideVector, TrainReport]:  # fmt: skip
     """(d,) float64: the sum over units of the gradient of the unit's loss, of norm at most `clip`.
 
-    rows: as inputs; unit: "record", or "column" for the groups of the rows. Raises BadInput for rows without groups
-    under "column", for `refuse_task`, and TaskFailed.
+    rows: as inputs; unit: "record", or "column" for the groups of the rows; sample: which units are in this round.
+    Raises BadInput for rows without groups under "column", for `refuse_task`, and TaskFailed.
     """
     refuse_task(task, module)
     module.train()
     size = sum(p.numel() for p in module.parameters() if p.requires_grad)
     codes = _codes(rows, unit, site)
     order = np.argsort(codes, kind="stable")
+    order = order[sample(int(codes.max(initial=-1)) + 1)[codes[order]]]
     total, losses = np.zeros(size), 0.0
     open_unit, unfinished = -1, np.zeros(size)
     with seeded(seed, round_, site, "train"), task_code(site, round_, LOOP_CODE):
@@ -90,12 +109,17 @@ def clipped_sum(
             open_unit, unfinished = int(here[-1]), sums[-1]
     if open_unit >= 0:
         total += _clipped(unfinished[None], clip)
-    return total, TrainReport(1, len(rows), losses / len(rows) if len(rows) else None)
+    return total, TrainReport(1, len(order), losses / len(order) if len(order) else None)
+
+
+def clipped(update: FloatVector, clip: float) -> WideVector:
+    """(d,) float64: a site's update, scaled down to the norm; zeros where it is not finite."""
+    return _clipped(update.astype(np.float64)[None], clip)
 
 
 def _codes(rows: Rows, unit: str, site: str) -> NDArray[np.int64]:
     """The unit that each row is of, as numbers from 0."""
-    if unit != "column":
+    if unit != COLUMN:
         return np.arange(len(rows), dtype=np.int64)
     if rows.groups is None:
         raise BadInput(

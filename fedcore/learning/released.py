@@ -27,13 +27,14 @@ from fedcore.learning.adaptive_range import (
     outgrown,
 )
 from fedcore.learning.data import statistics
-from fedcore.learning.optimisers import largest_step
+from fedcore.learning.optimisers import ServerState, largest_step
 from fedcore.learning.rules import rules_of
 from fedcore.learning.rules.parts import Summed
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.encode.quantise import dequantise
 from fedcore.secagg.plan import EXCEEDS, RoundPlan, VectorSpec
-from fedcore.types import SiteId
+from fedcore.secagg.privacy.privacy_plan import SITE
+from fedcore.types import SiteId, WideVector
 
 if TYPE_CHECKING:
     from fedcore.learning.state import JobState
@@ -82,9 +83,8 @@ def applied(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
     server, opened, contributors = state.server, found.opened, len(found.survivors)
     sums = dequantise(opened.coordinates, plan.packing.bits, server.bound, contributors)
     mean = sums * (plan.max_examples / opened.wides["weight"][0])
-    if plan.privacy is not None and plan.train.weight_decay:
-        # The gradient of the penalty is known to all, so it is not in the sum and costs no privacy.
-        mean = mean - server.parameters * (plan.train.lr * plan.train.weight_decay)
+    if plan.privacy is not None and plan.privacy.unit != SITE:
+        mean = decayed(plan, server, mean)
     moved = rules_of(plan.train).apply(plan, server, mean, Summed(contributors, found.round))
     over, over_half = opened.wides["over_range"][0], opened.wides["over_half_range"][0]
     values, first = contributors * plan.coordinates, server.first_bound
@@ -98,6 +98,14 @@ def applied(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
     with np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
         check_finite([moved.model, *moved.moments.values()])
     return replace(state, server=replace(moved, bound=bound, first_bound=first))
+
+
+def decayed(plan: RoundPlan, server: ServerState, mean: WideVector) -> WideVector:
+    """A step along gradients of rows, with that of the penalty, which is known to all: it is not in the sum and costs
+    no privacy."""
+    if not plan.train.weight_decay:
+        return mean
+    return mean - server.parameters * (plan.train.lr * plan.train.weight_decay)
 
 
 def measured(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:

@@ -34,7 +34,7 @@ from fedcore.learning.local_round import SiteRound
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model, norm_statistics, seeded
 from fedcore.learning.own_statistics import average_own, use_own_statistics
-from fedcore.learning.private_gradients import clipped_sum
+from fedcore.learning.private_gradients import clipped, clipped_sum, refuse_site
 from fedcore.learning.rules import rules_of
 from fedcore.learning.rules.parts import Values
 from fedcore.learning.saved import Module, model_bytes
@@ -46,11 +46,12 @@ from fedcore.learning.task import BUILT_IN, Task
 from fedcore.learning.training import TrainReport, predict, task_code
 from fedcore.learning.warm_start import start_from
 from fedcore.secagg.algorithms import refuse_own_train
-from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.entropy import Entropy, OsEntropy
 from fedcore.secagg.encode.quantise import quantise
 from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, canonical
 from fedcore.secagg.privacy.mechanism import with_noise
-from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
+from fedcore.secagg.privacy.noise import sample
+from fedcore.secagg.privacy.privacy_plan import SITE, PrivacyPlan
 from fedcore.secagg.protocol.schedule import PlannedRound, released_round
 from fedcore.secagg.purposes import purpose_of
 from fedcore.seeds import generator
@@ -251,6 +252,8 @@ class SiteTrainer:
     def __post_init__(self) -> None:
         if self.task.train is not None:
             refuse_own_train(self.job.train.algorithm, self.task.name)
+        if (private := self.job.privacy).epsilon is not None:
+            refuse_site(self.task, self.flat.module, self.site.train, private.unit, self.site.id)
         self._rules = rules_of(train_plan(self.job.train))
         self.public: Statistics | None = None
         """The scale of the rows' declared ranges, where the job goes by these."""
@@ -510,17 +513,14 @@ class SiteTrainer:
     def _private_update(
         self, plan: RoundPlan, privacy: PrivacyPlan, step: PlannedRound, state: JobState
     ) -> Contribution:
-        """The sum of clipped gradients with this site's noise in it. What rides with it tells nothing of the rows."""
-        rows, seed = self.standard_rows(state).train, self.job.run.seed
-        self.flat.write(state.server.model)
+        """The clipped sum with this site's noise in it. What rides with it tells nothing of the rows."""
+        entropy = OsEntropy()
         with self.watch("train"):
-            total, self.report = clipped_sum(
-                self.task, self.flat.module, rows, clip=privacy.clip, unit=privacy.unit,
-                seed=seed, round_=step.training_round, site=self.site.id,
-            )  # fmt: skip
+            total = self._clipped(plan, privacy, step, state, entropy)
         with self.watch("encode"):
+            seed = self.job.run.seed
             rounding = generator(seed, step.training_round, self.site.id, "rounding")
-            fields = with_noise(total, plan, rounding, OsEntropy())
+            fields = with_noise(total, plan, rounding, entropy)
         return fields, {
             "weight": [plan.max_examples],
             "over_range": [0],
@@ -528,6 +528,20 @@ class SiteTrainer:
             EXCEEDS: [0],
             **self.transport.sums(None),
         }
+
+    def _clipped(
+        self, plan: RoundPlan, privacy: PrivacyPlan, step: PlannedRound, state: JobState, entropy: Entropy
+    ) -> WideVector:  # fmt: skip
+        """Minus the sum of this site's clipped gradients, or its clipped update where the unit is a site."""
+        if privacy.unit == SITE:
+            return clipped(self.train(plan, state, step.training_round), privacy.clip)
+        self.flat.write(state.server.model)
+        total, self.report = clipped_sum(
+            self.task, self.flat.module, self.standard_rows(state).train, clip=privacy.clip, unit=privacy.unit,
+            seed=self.job.run.seed, round_=step.training_round, site=self.site.id,
+            sample=lambda units: sample(units, privacy.sample_rate, entropy),
+        )  # fmt: skip
+        return -total
 
     def metrics(self, plan: RoundPlan, step: PlannedRound, state: JobState) -> Contribution:
         """The metric sums of the model that the step starts from; zeros in a job with privacy."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from fedcore.secagg.algorithms import LEAST_THRESHOLD, algorithm_of, keeps_of, refuse_threshold
 from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
-from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
+from fedcore.secagg.privacy.privacy_plan import COLUMN, IN_SUM, RECORD, SITE, PrivacyPlan
 from fedcore.secagg.protections import MIN_SITES, Protection, refuse_roster
 from fedcore.secagg.purposes import leaving
 from fedcore.types import SiteId
@@ -93,13 +93,9 @@ class Terms:
     def of_job(cls, job: Job, sites: int | tuple[SiteId, ...]) -> Terms:
         """Those of a job on a roster, known without rows and without the model. A job does not say whether
         its task has a table; the terms are those of one that has."""
-        protect, private = job.protect, job.privacy
-        privacy = None
-        if private.epsilon is not None:
-            privacy = PrivacyPlan.calibrated(
-                private.epsilon, private.delta, job.round.rounds,
-                clip=private.clip, unit=private.unit, colluders=private.colluders,
-            )  # fmt: skip
+        protect, privacy = job.protect, None
+        if job.privacy.epsilon is not None:
+            privacy = PrivacyPlan.calibrated(job.privacy, job.round.rounds)
         return cls(
             protection=protect.protection, sites=sites, threshold=protect.threshold or 0,
             cipher=protect.cipher,
@@ -164,15 +160,34 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
 
 def _bounded(privacy: PrivacyPlan, threshold: int) -> str:
     """What differential privacy bounds, for whom, and what it does not."""
-    whose = "record" if privacy.unit == "record" else "group of rows (one person) at one site"
-    alone = "any other site" if privacy.colluders else "anyone outside the federation"
+    whose = {
+        RECORD: "one record among the training rows",
+        COLUMN: "one group of rows (one person) at one site among the training rows",
+        SITE: "all training rows of one site",
+    }[privacy.unit]
+    if privacy.noise == IN_SUM:
+        alone = "any other site" if privacy.colluders else "anyone outside the federation"
+        against = f"the coordinator, {alone} and whoever gets the model"
+        holds = f"it holds if {threshold - privacy.colluders} sites of a sum add their noise and keep it to themselves"
+        where = "in every sum"
+    else:
+        against, where = (
+            "everybody but the site itself, all others together",
+            "in every site's vector",
+        )
+        holds = "it holds whatever other sites do"
+    sampled = ""
+    if privacy.sample_rate < 1:
+        sampled = (
+            f"; each round takes a unit with probability {privacy.sample_rate:g}, of which nobody but its site knows, "
+            "and epsilon counts on that"
+        )
     return (
-        f"Bounded by differential privacy, against the coordinator, {alone} and whoever gets the model: what all sums "
-        f"and models of this job together tell of one {whose} among the training rows: epsilon {privacy.epsilon:g} at "
-        f"delta {privacy.delta:g}, adding or removing one (Gaussian noise, multiplier {privacy.noise_multiplier:g}, in "
-        f"every sum; clip norm {privacy.clip:g}; it holds if {threshold - privacy.colluders} sites of a sum add their "
-        "noise and keep it to themselves). Not bounded: that a site takes part, and what other jobs over the same rows "
-        "tell besides."
+        f"Bounded by differential privacy, against {against}: what all sums "
+        f"and models of this job together tell of {whose}: epsilon {privacy.epsilon:g} at "
+        f"delta {privacy.delta:g}, adding or removing {'them' if privacy.unit == SITE else 'one'} (Gaussian noise, "
+        f"multiplier {privacy.noise_multiplier:g}, {where}; clip norm {privacy.clip:g}{sampled}; {holds}). "
+        "Not bounded: that a site takes part, and what other jobs over the same rows tell besides."
     )
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.secagg import algorithms, protections
 from fedcore.secagg.packing import Packing, Ring
-from fedcore.secagg.privacy.privacy_plan import NoiseGrid, PrivacyPlan, solve_grid
+from fedcore.secagg.privacy.privacy_plan import IN_SUM, SITE, NoiseGrid, PrivacyPlan, solve_grid
 from fedcore.secagg.protections import Protection, has_lattice
 from fedcore.types import Json, SiteId
 
@@ -130,7 +130,7 @@ class TrainPlan:
     that every site makes from the seed. algorithm: one of `algorithms.ALGORITHMS`. feddyn_alpha: alpha of FedDyn.
     ditto_lambda: lambda of Ditto. local_parameters: names or patterns of what stays at each site (FedPer, FedBN).
     privacy: of a job whose sums have noise in them: each vector is then the sum of clipped gradients of the site's
-    training rows, and a round is one step; None without.
+    training rows, and a round is one step (or, where the unit is a site, its clipped update); None without.
 
     Raises BadInput for a decay without a schedule that uses it, and the reverse, and as `algorithms.refuse_training`.
     """
@@ -335,28 +335,34 @@ class RoundPlan:
         if self.standardise not in STANDARDISE:
             raise UnknownName("train.standardise", self.standardise, STANDARDISE)
         if self.privacy is not None:
-            self._check_for_privacy()
+            self._check_for_privacy(self.privacy)
             self._check_privacy(self.privacy)
 
     def with_privacy(self, privacy: PrivacyPlan) -> RoundPlan:
         """This plan, with noise in its sums and the range that goes with it. Raises PlanRefused."""
-        self._check_for_privacy()
+        self._check_for_privacy(privacy)
         train = replace(self.train, privacy=privacy)
         return replace(self, train=train, range=self._private_range(privacy))
 
-    def _check_for_privacy(self) -> None:
+    def _check_for_privacy(self, privacy: PrivacyPlan) -> None:
         """Raise PlanRefused for what would leave without noise, or would have no effect."""
-        train, masks = self.train, self.layers.masks
+        train, masks = self.train, self.layers.masks or privacy.noise != IN_SUM
         rules = algorithms.algorithm_of(train.algorithm)
         plain = not (rules.second_block or rules.keeps or rules.own_loop)
-        for setting, found, expected, why in (
+        leaves: list[tuple[str, object, object, str]] = [
             ("protect.protection", self.protection, self.protection if masks else "layered or masked",
-             "only masks keep a vector with one site's share of the noise from being seen alone"),
+             "only masks keep a vector with one site's share of the noise from being seen alone; noise = \"site\" has "
+             "enough in each"),
             ("train.standardise", self.standardise, "ranges", "exact sums of columns have no noise"),
             ("track.public_metrics", self.public_metrics, False, "exact sums of metrics have no noise"),
             ("train.algorithm", train.algorithm, train.algorithm if plain else "averaging",
              "its rules are of steps at the sites, and of vectors without noise"),
             ("train.local_parameters", train.local_parameters, (), "every parameter is in the clipped gradients"),
+            ("model", f"{self.buffer_coordinates} buffer coordinates", "0 buffer coordinates",
+             "running statistics (BatchNorm) mix rows, so no row has a gradient of its own: use GroupNorm or "
+             "LayerNorm"),
+        ]  # fmt: skip
+        of_steps: list[tuple[str, object, object, str]] = [
             ("train.epochs", train.epochs, 1, "a round is one step along the gradients of all rows"),
             ("train.optimiser", train.optimiser, "sgd", "a round is one step, by the server's optimiser"),
             ("train.momentum", train.momentum, 0.0, 'round.server = "fedavgm" has momentum'),
@@ -364,10 +370,8 @@ class RoundPlan:
             ("train.max_grad_norm", train.max_grad_norm, None, "privacy.clip is the norm of each row's gradient"),
             ("train.lr_schedule", train.lr_schedule, "constant", "the grid of the sum is fixed"),
             ("train.warmup_rounds", train.warmup_rounds, 0, "the grid of the sum is fixed"),
-            ("model", f"{self.buffer_coordinates} buffer coordinates", "0 buffer coordinates",
-             "running statistics (BatchNorm) mix rows, so no row has a gradient of its own: use GroupNorm or "
-             "LayerNorm"),
-        ):  # fmt: skip
+        ]  # fmt: skip
+        for setting, found, expected, why in leaves + (of_steps if privacy.unit != SITE else []):
             if found != expected:
                 raise PlanRefused(
                     f"{setting}: found {found} with privacy.epsilon, expected {expected}",
@@ -390,19 +394,22 @@ class RoundPlan:
 
     def _grid(self, privacy: PrivacyPlan) -> NoiseGrid:
         return solve_grid(
-            privacy, coordinates=self.coordinates, shares=self.threshold,
-            units=self.max_examples, bits=self.packing.bits,
+            privacy, coordinates=self.coordinates, threshold=self.threshold,
+            units=privacy.most_units(self.max_examples), bits=self.packing.bits,
         )  # fmt: skip
 
     def _private_range(self, privacy: PrivacyPlan) -> RangePlan:
-        """The fixed range whose steps are those of the grid, where a site's vector is its sum of gradients times
-        `lr / max_examples`: the mean of these over the sites is the step, divided by a number that is public."""
+        """The fixed range whose steps are those of the grid, where a site's vector is its clipped sum times
+        `PrivacyPlan.scale`: the mean of these over the sites is the step, divided by a number that is public."""
         privacy.check(
-            rounds=self.rounds, values=self.coordinates * len(self.sites), shares=self.threshold,
-            units=self.max_examples * len(self.sites),
+            rounds=self.rounds, values=self.coordinates * len(self.sites), threshold=self.threshold,
+            sites=len(self.sites), max_examples=self.max_examples,
         )  # fmt: skip
-        grid = self._grid(privacy)
-        step = privacy.clip * self.train.lr / (grid.clip_units * self.max_examples)
+        step = (
+            privacy.clip
+            * privacy.scale(self.train.lr, self.max_examples)
+            / self._grid(privacy).clip_units
+        )
         start = step * ((1 << (self.packing.bits - 1)) - 1)
         return RangePlan(start, min(start, 2.0**-20), max(start, 2.0**10), adaptive=False)
 

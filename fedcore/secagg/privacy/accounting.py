@@ -1,17 +1,20 @@
 """What rounds of Gaussian noise cost: epsilon for a delta, and the noise for an epsilon.
 
-Every record is in every round, so `rounds` releases with noise multiplier z (standard deviation over sensitivity) are
+Where every unit is in every round, `rounds` releases with noise multiplier z (standard deviation over sensitivity) are
 one Gaussian mechanism with z / sqrt(rounds), exactly (Dong, Roth, Su 2019, arXiv 1905.02383, corollary 3.3). Its
 epsilon and delta have a closed form (Balle and Wang 2018, arXiv 1805.06530, theorem 8), the value to which
-accountants by privacy loss distributions converge. `rdp_epsilon` is the looser bound by Renyi divergences, for
-comparison with other tools. Adjacency: add or remove one unit.
-
-`sensitivity / standard deviation` of what was released, `mu`, composes by its squares: the ledger adds them up.
+accountants by privacy loss distributions converge. Rounds over secret samples are accounted by such distributions
+(`sampled.py`). `renyi_epsilon` is the looser bound by Renyi divergences, for comparison with other tools. Adjacency:
+add or remove one unit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import lru_cache
+
+from fedcore.secagg.privacy.sampled import Round, sampled_epsilon, sampled_rdp_epsilon
 
 MOST_EPSILON = 1000.0
 """Beyond, a figure means nothing and the arithmetic of floats ends."""
@@ -54,8 +57,27 @@ def mu_of(noise_multiplier: float, rounds: int) -> float:
     return math.sqrt(rounds) / noise_multiplier
 
 
-def noise_multiplier(epsilon: float, delta: float, rounds: int) -> float:
-    """The smallest z, in steps of 0.0001, with which so many rounds cost at most epsilon at this delta.
+def epsilon_of_rounds(rounds: Mapping[Round, int], delta: float) -> float:
+    """The smallest epsilon that is known of all these rounds together, {kind: how many}, at this delta."""
+    return _composed(tuple(sorted(rounds.items())), delta)
+
+
+@lru_cache(maxsize=256)
+def _composed(rounds: tuple[tuple[Round, int], ...], delta: float) -> float:
+    if all(kind.sample_rate == 1 for kind, _ in rounds):
+        return epsilon_of(math.sqrt(_mu2(rounds)), delta)
+    return sampled_epsilon(dict(rounds), delta)
+
+
+def _mu2(rounds: tuple[tuple[Round, int], ...]) -> float:
+    """mu^2 of rounds over all units: they compose by their sum."""
+    return math.fsum(count / kind.noise_multiplier**2 for kind, count in rounds)
+
+
+@lru_cache(maxsize=256)
+def noise_multiplier(epsilon: float, delta: float, rounds: int, sample_rate: float = 1.0) -> float:
+    """The smallest z, in steps of 0.0001, or 0.001 over samples, with which so many rounds cost at most epsilon at
+    this delta.
 
     The steps make it the same number on machines whose functions differ in the last bits.
     """
@@ -64,7 +86,25 @@ def noise_multiplier(epsilon: float, delta: float, rounds: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if epsilon_of(middle, delta) <= epsilon else (low, middle)
     z = math.ceil(math.sqrt(rounds) / low * 1e4) / 1e4
-    return z if epsilon_of(mu_of(z, rounds), delta) <= epsilon else z + 1e-4
+    if epsilon_of(mu_of(z, rounds), delta) > epsilon:
+        z += 1e-4
+    if sample_rate == 1:
+        return z
+    # Over samples it takes less. In thousandths: `below` is too little, `enough` is enough.
+    below, enough = 0, math.ceil(z * 1000)
+    while enough - below > 1:
+        middle_z = (below + enough) // 2
+        cost = epsilon_of_rounds({Round(middle_z / 1000, sample_rate): rounds}, delta)
+        below, enough = (below, middle_z) if cost <= epsilon else (middle_z, enough)
+    return enough / 1000
+
+
+def renyi_epsilon(rounds: Mapping[Round, int], delta: float) -> float:
+    """The same by Renyi divergences: never below `epsilon_of_rounds`."""
+    pairs = tuple(rounds.items())
+    if all(kind.sample_rate == 1 for kind, _ in pairs):
+        return rdp_epsilon(math.sqrt(_mu2(pairs)), delta)
+    return sampled_rdp_epsilon(rounds, delta)
 
 
 def rdp_epsilon(mu: float, delta: float) -> float:

@@ -16,14 +16,15 @@ from fedcore.types import Fields, WideVector
 def with_noise(
     total: WideVector, plan: RoundPlan, rounding: np.random.Generator, entropy: Entropy
 ) -> Fields:
-    """The fields of one site's step: minus its sum of clipped gradients times lr / max_examples, and its noise.
+    """The fields of one site's step: its clipped sum, times what makes a step of it, and its noise.
 
-    total: (d,) float64, of at most plan.max_examples units, each of norm at most the clip norm. rounding: of the
-    offsets of stochastic rounding, the same whatever the rows are; entropy: of the noise.
+    total: (d,) float64, minus the sum of the clipped gradients of at most plan.max_examples units, or a site's clipped
+    update. rounding: of the offsets of stochastic rounding, the same whatever the rows are; entropy: of the noise.
     """
-    bits, bound = plan.packing.bits, plan.range.start
+    bits, bound, privacy = plan.packing.bits, plan.range.start, plan.privacy
     assert bound is not None
-    step = total * (-plan.train.lr / plan.max_examples)
+    assert privacy is not None
+    step = total * privacy.scale(plan.train.lr, plan.max_examples)
     fields = quantise(step, bits, bound, rounding).fields.astype(np.int64)
     fields += draw(len(fields), plan.noise_grid.sigma, entropy)
     assert 1 <= fields.min() <= fields.max() < 1 << bits  # the grid has room: `solve_grid`

@@ -1,4 +1,4 @@
-"""Integer noise for protected sums: the discrete Gaussian distribution, drawn from `Entropy` alone.
+"""Integer noise for protected sums: the discrete Gaussian distribution, drawn from `Entropy` alone; and samples.
 
 Invariant: a value depends on `Entropy` only, never on a run's seed or on a generator that can be repeated. Values
 are integers within `reach`, so a vector with room for `reach` more never overflows.
@@ -92,6 +92,15 @@ def draw(count: int, sigma: float, entropy: Entropy) -> NDArray[np.int64]:
         return np.frombuffer(stream.update(bytes(8 * size)), "<u8").astype(np.uint64)
 
     return _values(_table(sigma), count, words)
+
+
+def sample(count: int, rate: float, entropy: Entropy) -> NDArray[np.bool_]:
+    """(count,): for each of so many units whether it is in a round, with probability `rate` each, rounded down to 63
+    bits. Drawn from `Entropy` alone, so that nobody else can know it."""
+    if rate == 1:
+        return np.ones(count, dtype=np.bool_)
+    words = np.frombuffer(keystream(entropy.draw(KEY_BYTES)).update(bytes(8 * count)), "<u8")
+    return (words >> np.uint64(1)) < np.uint64(int(rate * (1 << 63)))
 
 
 def _values(

@@ -11,16 +11,24 @@ import threading
 
 import pytest
 from fedcore_clients.ledger import LEDGER_FILE, Ledger, read_spends
-from fedcore_clients.privacy_limits import PrivacyLimits, Spend, spend_lines, total_epsilon
+from fedcore_clients.privacy_limits import (
+    PrivacyLimits,
+    Spend,
+    spend_lines,
+    spends_json,
+    total_epsilon,
+)
 from fedcore_clients.round_work import RoundWork
 from support.deployed_jobs import SITES, site_job
 from support.policies import begin, policy_of
 
-from fedcore.config import build_job, wire_settings
+from fedcore.config import PrivacySection, build_job, wire_settings
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import RoundHeader, canonical
+from fedcore.secagg.privacy.accounting import epsilon_of_rounds
 from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
+from fedcore.secagg.privacy.sampled import Round
 from fedcore.secagg.protocol import job_messages
 from fedcore.secagg.protocol.effects import MakeVector
 from fedcore.secagg.protocol.job.site.events import MessageReceived, VectorReady, WorkFailed
@@ -37,8 +45,8 @@ def settings(**changes):
     )
 
 
-def spend(name="h1", rows=ROWS, job="j1", mu2=0.01, unit="record"):
-    return Spend(name, rows, job, 1, mu2, unit, 2e9)
+def spend(name="h1", rows=ROWS, job="j1", mu2=0.01, unit="record", rate=1.0):
+    return Spend(name, rows, job, 1, mu2, unit, 2e9, rate)
 
 
 @pytest.fixture
@@ -237,7 +245,7 @@ def test_job_that_began_is_not_refused_for_what_it_spent_itself(tmp_path):
     """Its own rounds are not counted twice when it goes on in a new process."""
     policy, plan = (
         policy_of(4, lifetime_epsilon=3.0),
-        PrivacyPlan.calibrated(3.0, 1e-5, 4, clip=1.0, unit="record", colluders=1),
+        PrivacyPlan.calibrated(PrivacySection(epsilon=3), 4),
     )
     own = [spend(f"h{k}", mu2=1 / plan.noise_multiplier**2) for k in range(2)]
     assert policy.on_spend(plan, 2, own) is None
@@ -261,20 +269,48 @@ def test_job_above_the_floor_of_a_policy_or_without_privacy_is_refused(key):
 
 def test_jobs_of_another_unit_are_not_added_up():
     policy = policy_of(4, lifetime_epsilon=8.0)
-    plan = PrivacyPlan.calibrated(1.0, 1e-5, 4, clip=1.0, unit="record", colluders=1)
+    plan = PrivacyPlan.calibrated(PrivacySection(epsilon=1), 4)
     assert policy.on_spend(plan, 4, [spend()]) is None
     assert "privacy.unit" in str(policy.on_spend(plan, 4, [spend(unit="column")]))
 
 
+def test_rounds_over_secret_samples_and_over_all_rows_are_accounted_together():
+    whole, sampled = spend(mu2=1.0), [spend(f"h{k}", mu2=1.0, rate=0.1) for k in range(20)]
+    both = total_epsilon([whole, *sampled], 1e-5)
+    assert total_epsilon([whole], 1e-5) < both < total_epsilon([whole] * 21, 1e-5) / 3
+    assert both == epsilon_of_rounds({Round(1.0): 1, Round(1.0, 0.1): 20}, 1e-5)
+    plan = PrivacyPlan.calibrated(PrivacySection(epsilon=1, sample_rate=0.1), 4)
+    policy = policy_of(4, lifetime_epsilon=round(both, 2))
+    assert policy.on_spend(plan, 4, [whole, *sampled]) is not None
+    assert policy.on_spend(plan, 4, [whole]) is None
+
+
+def test_a_ledger_of_before_there_were_samples_is_read(tmp_path, ledger):
+    ledger.spend(spend())
+    path = tmp_path / LEDGER_FILE
+    path.write_bytes(path.read_bytes().replace(b', "sample_rate": 1.0', b""))
+    assert b"sample_rate" not in path.read_bytes()
+    assert read_spends(tmp_path) == [spend()]
+
+
 def test_lines_name_rows_jobs_and_what_is_left():
-    found = [spend(), spend("h2"), spend("h3", job="j2")]
-    lines = list(spend_lines(found, PrivacyLimits(lifetime_epsilon=5)))
-    assert (
-        lines[0].startswith("rows aaaaaaaaaaaaaaaa: epsilon 0.6")
-        and " of 5 at delta 1e-05" in lines[0]
+    found = [spend(), spend("h2"), spend("h3", job="j2", rate=0.5)]
+    limits = PrivacyLimits(lifetime_epsilon=5)
+    lines = list(spend_lines(found, limits))
+    total = total_epsilon(found, 1e-5)
+    assert lines[0] == (
+        f"rows aaaaaaaaaaaaaaaa: epsilon {total:.4g} at delta 1e-05, {5 - total:.4g} left of 5"
     )
     assert lines[1].startswith("  job j1: 2 vectors, epsilon ")
+    assert "unit record, noise multiplier 10, the last at 2033" in lines[1]
     assert lines[2].startswith("  job j2: 1 vectors")
-    assert list(spend_lines([], PrivacyLimits())) == [
-        "no job with privacy had a vector of this site's rows"
+    assert "each over a secret sample of 0.5" in lines[2]
+    assert lines[3:] == [
+        "most_epsilon: none, no limit for one job",
+        "lifetime_epsilon: 5 for all jobs over the same rows",
     ]
+    assert spends_json(found, limits)["left"] == {ROWS: 5 - total}
+    assert (
+        next(spend_lines([], PrivacyLimits()))
+        == "no job with privacy had a vector of this site's rows"
+    )

@@ -12,7 +12,7 @@ from fedcore.errors import BadInput
 from fedcore.learning.data.groups import group_digests
 from fedcore.learning.data.rows import ArrayRows
 from fedcore.learning.model import FlatModel
-from fedcore.learning.private_gradients import clipped_sum
+from fedcore.learning.private_gradients import clipped, clipped_sum
 
 
 def net():
@@ -33,10 +33,10 @@ def rows_of(count=23, seed=1):
     )
 
 
-def total_of(rows, clip=1.0, task=None, module=None, unit="record"):
+def total_of(rows, clip=1.0, task=None, module=None, unit="record", **more):
     return clipped_sum(
-        task or task_of(), module or net(), rows, clip=clip, unit=unit, seed=0, round_=1, site="a"
-    )
+        task or task_of(), module or net(), rows, clip=clip, unit=unit, seed=0, round_=1, site="a", **more
+    )  # fmt: skip
 
 
 def own_predict(model, batch):
@@ -91,6 +91,35 @@ def test_groups_that_span_batches_are_clipped_as_one():
         assert np.allclose(total_of(rows, 0.1, unit="column")[0], once, rtol=1e-12, atol=1e-14)
     finally:
         module._ELEMENTS = before
+
+
+def test_sample_takes_whole_units_and_no_row_of_another():
+    rows = rows_of(60)
+    of_rows = rows.take(np.arange(0, 60, 3))
+    third = total_of(rows, sample=lambda units: np.arange(units) % 3 == 0)
+    assert np.allclose(third[0], total_of(of_rows)[0], atol=1e-9)
+    assert third[1].examples == 20
+    ids = np.array([k % 7 for k in range(60)])
+    grouped = rows.with_groups(group_digests([str(i) for i in ids], 60, "a"))
+    seen = []
+
+    def first_two(units):
+        seen.append(units)
+        return np.arange(units) < 2
+
+    _, report = total_of(grouped, unit="column", sample=first_two)
+    assert seen == [7]
+    assert report.examples in {a + b for a in (8, 9) for b in (8, 9)}
+    nobody = total_of(rows, sample=lambda units: np.zeros(units, dtype=bool))
+    assert not nobody[0].any() and nobody[1].loss is None
+
+
+def test_update_of_a_site_is_clipped_to_the_norm_and_is_zeros_where_it_is_not_finite():
+    update = np.array([3.0, 4.0], dtype=np.float32)
+    assert np.allclose(clipped(update, 10.0), update, rtol=1e-5)
+    assert np.linalg.norm(clipped(update, 1.0)) == pytest.approx(1.0, rel=1e-5)
+    assert np.linalg.norm(clipped(update, 1.0)) <= 1.0
+    assert not clipped(update * np.float32("inf"), 1.0).any()
 
 
 def test_row_with_infinite_gradient_counts_as_zero():

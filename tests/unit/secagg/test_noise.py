@@ -12,7 +12,7 @@ from scipy import stats
 
 from fedcore.errors import BadInput
 from fedcore.secagg.privacy import noise
-from fedcore.secagg.privacy.noise import draw, reach_of
+from fedcore.secagg.privacy.noise import draw, reach_of, sample
 
 
 class Fixed:
@@ -186,3 +186,23 @@ def test_no_generator_that_a_run_seeds_is_used():
 def test_all_noise_follows_from_the_key_that_entropy_gave():
     one, same, other = (draw(64, 16.0, Fixed(b)).tolist() for b in (5, 5, 6))
     assert one == same != other
+
+
+def test_each_unit_is_in_a_sample_with_the_stated_probability_and_independently():
+    for rate in (0.03, 0.5):
+        found = np.array([sample(1000, rate, Fixed(byte)) for byte in range(200)])
+        counts = found.sum(axis=1)
+        sd = (1000 * rate * (1 - rate)) ** 0.5
+        assert abs(found.mean() - rate) < 5 * sd / 1000 / 200**0.5
+        assert 0.8 * sd < counts.std() < 1.2 * sd
+    assert sample(5, 1.0, Fixed()).all()
+
+
+def test_a_sample_is_another_one_each_time_and_follows_from_entropy_alone():
+    from fedcore.secagg.crypto.entropy import OsEntropy
+
+    np.random.seed(0)
+    one = sample(64, 0.5, OsEntropy())
+    np.random.seed(0)
+    assert (one != sample(64, 0.5, OsEntropy())).any()
+    assert (sample(64, 0.5, Fixed(5)) == sample(64, 0.5, Fixed(5))).all()

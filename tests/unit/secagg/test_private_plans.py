@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedcore.config import build_job, plan_of
+from fedcore.config import PrivacySection, build_job, plan_of
 from fedcore.errors import BadInput, PlanRefused
 from fedcore.secagg import plan as plans
 from fedcore.secagg.crypto.entropy import OsEntropy
@@ -31,9 +31,9 @@ def plan_for(parameters=30, buffers=0, sites=SITES, max_examples=320, **settings
 def test_every_field_of_an_accepted_plan_has_room_for_rows_and_noise(
     parameters, max_examples, epsilon
 ):
-    privacy = PrivacyPlan.calibrated(epsilon, 1e-6, 20, clip=1.0, unit="record", colluders=1)
+    privacy = PrivacyPlan.calibrated(PrivacySection(epsilon=epsilon, delta=1e-6), 20)
     try:
-        grid = solve_grid(privacy, coordinates=parameters, shares=3, units=max_examples, bits=20)
+        grid = solve_grid(privacy, coordinates=parameters, threshold=3, units=max_examples, bits=20)
     except PlanRefused:
         assert (
             max_examples * parameters > 10_000
@@ -85,6 +85,7 @@ def test_plan_without_privacy_says_nothing_of_it():
         ({"colluders": 3}, "privacy.colluders"),
         ({"delta": 1 / 1280}, "privacy.delta"),
         ({"unit": "site"}, "privacy.unit"),
+        ({"epsilon": 60}, "privacy.epsilon"),
         ({"bits": 12}, "protect.bits"),
     ],
 )  # fmt: skip
@@ -106,6 +107,12 @@ def test_what_would_leave_without_noise_or_have_no_effect_is_refused_by_name(set
         ({"unit": "person"}, "privacy.unit"),
         ({"range": 0.5}, "protect.range"),
         ({"epsilon": None, "clip": 2.0}, "privacy.clip: found it without privacy.epsilon"),
+        ({"noise": "none"}, "privacy.noise"),
+        ({"noise": "site", "colluders": 2}, "privacy.colluders: found 2 with privacy.noise 'site'"),
+        ({"sample_rate": 0}, "privacy.sample_rate"),
+        ({"sample_rate": 1.1}, "privacy.sample_rate"),
+        ({"validate": 0.2, "keep": "best"}, "round.keep: found 'best' with privacy.epsilon"),
+        ({"validate": 0.2, "patience": 3}, "round.patience: found 3 with privacy.epsilon"),
     ],
 )
 def test_bad_settings_are_refused_with_their_path(settings, found):
@@ -137,13 +144,13 @@ def test_sum_of_fields_is_the_sum_of_gradients_and_of_all_shares():
     """The noise in the opened sum has the standard deviation that was accounted for, and no bias."""
     plan = plan_for(parameters=4000, lr=0.5)
     grid, privacy = plan.noise_grid, plan.privacy
-    totals = [np.full(plan.coordinates, 3.0 * k) for k in range(3)]
+    totals = [np.full(plan.coordinates, 3.0 * k) for k in range(3)]  # minus sums of gradients
     fields = [
         with_noise(total, plan, generator(0, 1, site, "rounding"), OsEntropy())
         for site, total in zip(SITES, totals, strict=False)
     ]
     opened = dequantise(sum(fields), plan.packing.bits, plan.range.start, 3)
-    scale = -plan.train.lr / plan.max_examples
+    scale = privacy.scale(plan.train.lr, plan.max_examples)
     noise = opened / scale - sum(totals)
     sigma = privacy.noise_multiplier * privacy.clip * grid.sensitivity / grid.clip_units
     assert noise.std() == pytest.approx(sigma * math.sqrt(3 / 2), rel=0.06)
@@ -157,3 +164,70 @@ def test_noise_is_another_one_in_a_second_vector_of_the_same_round():
         with_noise(total, plan, generator(0, 1, "a", "rounding"), OsEntropy()) for _ in range(2)
     )
     assert (one != other).any()
+
+
+# ---------------------------------------------------------------- noise of each site, samples, sites as units
+
+
+def test_noise_of_each_site_is_enough_alone_and_needs_no_masks():
+    in_sum, each = plan_for(), plan_for(noise="site", protection="plain")
+    assert each.privacy.noise_multiplier == in_sum.privacy.noise_multiplier
+    z, grid = each.privacy.noise_multiplier, each.noise_grid
+    assert grid.sigma == pytest.approx(z * grid.sensitivity)
+    share = in_sum.noise_grid
+    assert share.sigma / share.sensitivity == pytest.approx(z / math.sqrt(2))
+    said = label_of(Terms.of_plan(plan_for(noise="site")))
+    assert "in every site's vector" in said and "whatever other sites do" in said
+    assert "everybody but the site itself" in said
+
+
+def test_sample_needs_less_noise_and_the_label_says_from_whom_it_is_hidden():
+    whole, sampled = plan_for(), plan_for(sample_rate=0.2)
+    assert sampled.privacy.noise_multiplier < 0.6 * whole.privacy.noise_multiplier
+    assert sampled.privacy.spent(20) <= 3
+    said = label_of(Terms.of_plan(sampled))
+    assert (
+        "with probability 0.2, of which nobody but its site knows, and epsilon counts on that"
+        in said
+    )
+    assert "probability" not in label_of(Terms.of_plan(whole))
+    # The mean over the sites is the same step: a fifth of the rows, each five times as long.
+    assert sampled.privacy.scale(1.0, 320) == pytest.approx(5 * whole.privacy.scale(1.0, 320))
+
+
+HUNDRED = tuple(f"s{k:03}" for k in range(100))
+
+
+def test_site_as_the_unit_takes_a_hundred_sites_and_local_training():
+    plan = plan_for(
+        sites=HUNDRED,
+        unit="site",
+        noise="site",
+        protection="plain",
+        epochs=3,
+        momentum=0.5,
+        max_sites=100,
+    )
+    grid = plan.noise_grid
+    assert grid.clip_units + 1 + grid.reach <= (1 << 19) - 1
+    assert plan.range.start == pytest.approx(((1 << 19) - 1) / grid.clip_units)
+    assert "all training rows of one site" in label_of(Terms.of_plan(plan))
+    with pytest.raises(
+        PlanRefused, match=r"^privacy.unit: found 'site' for 99 sites, expected 100"
+    ):
+        plan_for(sites=HUNDRED[:99], unit="site", noise="site", protection="plain", max_sites=100)
+    with pytest.raises(
+        BadInput, match=r"privacy.sample_rate: found 0.5, expected .* 1 with the unit 'site'"
+    ):
+        plan_for(
+            sites=HUNDRED,
+            unit="site",
+            noise="site",
+            protection="plain",
+            sample_rate=0.5,
+            max_sites=100,
+        )
+    with pytest.raises(PlanRefused, match=r"^privacy.delta: found 0.01 for up to 100 units"):
+        plan_for(
+            sites=HUNDRED, unit="site", noise="site", protection="plain", delta=0.01, max_sites=100
+        )
