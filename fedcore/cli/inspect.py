@@ -4,12 +4,14 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fedcore.errors import BadInput
 from fedcore.experiment.prepare import Prepared
 from fedcore.learning.model import model_summary, single_thread
 from fedcore.learning.training import local_train
 from fedcore.report.phrases import plain, plural, size
 from fedcore.report.terminal import fitted, grid
 from fedcore.secagg.packing import price_list
+from fedcore.secagg.privacy.statement import statement, statement_lines
 from fedcore.types import Json
 
 
@@ -46,6 +48,21 @@ def check_task(prepared: Prepared) -> Json:
         "warnings": [{"text": text, "hint": hint} for text, hint in prepared.findings],
         "plan": prepared.plan_json(),
     }
+
+
+def privacy_of(prepared: Prepared) -> Json:
+    """The statement of a job with privacy. Raises BadInput for one without."""
+    if prepared.plan.privacy is None:
+        raise BadInput(
+            "privacy.epsilon: found none, expected the budget of a job with privacy",
+            remedy="--epsilon 3; without one nothing bounds what sums and model tell of a row",
+        )
+    return statement(prepared.plan, sum(len(site.train) for site in prepared.sites))
+
+
+def privacy_page(found: Json) -> RenderableType:
+    """The output of `fedcore privacy` for a terminal."""
+    return Group(*(Text(plain(line)) for line in statement_lines(found)))
 
 
 def check_page(found: Json) -> RenderableType:

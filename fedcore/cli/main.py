@@ -343,6 +343,19 @@ def plan(
     emit_or_show(found, plan_page, as_json)
 
 
+@job_command(app, "task protection rounds threshold")
+def privacy(
+    settings: Settings,
+    job: JobFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a job with privacy promises, before it runs. Unit, epsilon, noise, who sees what without noise."""
+    _starting("privacy", job, settings)
+    from fedcore.cli.inspect import privacy_of, privacy_page
+
+    emit_or_show(privacy_of(_prepared(_layers(job, settings))), privacy_page, as_json)
+
+
 @job_command(app)
 def check(
     settings: Settings,

@@ -207,6 +207,11 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     # RoundPlan refuses it too; asking here spares the loading of every site's rows.
     refuse_roster(len(sources), job.protect.protection)
     packing = packing_of(job, len(sources))  # refused before any site is loaded
+    if job.privacy.epsilon is not None and job.protect.max_examples is None:
+        raise BadInput(
+            "protect.max_examples: found none with privacy.epsilon, expected a public cap on the rows of a site",
+            remedy="--max-examples 320: without one it would follow from the rows, and tell of them without noise",
+        )
     if job.protect.threshold is not None:
         check_threshold(job.protect.threshold, len(sources))
     named = tuple(parse_absence(text, list(sources), job.round.rounds) for text in job.round.drop)

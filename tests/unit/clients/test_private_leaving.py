@@ -1,0 +1,89 @@
+"""In a job with privacy nothing that is made of a site's rows leaves without noise: every field of everything that may
+leave is noised, the same whatever the rows are, or absent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fedcore_clients.leaving import OutgoingList
+
+from fedcore.experiment.prepare import job_for, prepare
+from fedcore.secagg.plan import MATRIX, METRIC
+from fedcore.secagg.privacy.statement import FIELDS, statement
+from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.secagg.purposes import PURPOSES
+
+PRIVATE = {
+    "epsilon": 3,
+    "max_examples": 320,
+    "rounds": 4,
+    "protection": "masked",
+    "arms": ["federated"],
+}
+
+
+@pytest.fixture(scope="module")
+def private():
+    task, job = job_for(None, PRIVATE)
+    return prepare(task, job)
+
+
+def half(site):
+    """The same site with every second of its training rows."""
+    rows = site.site.train
+    less = replace(site.site, train=rows.take(np.arange(0, len(rows), 2)))
+    return replace(site, site=less)
+
+
+def said_of(name):
+    """The entry of FIELDS for a field of a vector."""
+    if name.startswith("coordinates"):
+        return FIELDS["update"]
+    return FIELDS["metrics" if name.startswith((METRIC, MATRIX)) else name]
+
+
+def test_every_field_of_every_vector_is_noised_public_or_absent(private):
+    plan, step = private.plan, PlannedRound("update", 1)
+    items = {each.name: each for each in OutgoingList(plan, 0, 4).items() if each.kind == "vector"}
+    assert list(items) == ["update"], "no other purpose has a vector: its sums would have no noise"
+    site = private.federation.sites[0]
+    whole, less = (
+        each.contribute(plan, step, private.federation.state) for each in (site, half(site))
+    )
+    again = site.contribute(plan, step, private.federation.state)
+    fields = {part.name for part in items["update"].parts}
+    assert fields == {"coordinates", *whole[1]}
+    for name in fields:
+        kind, why = said_of(name)
+        assert why
+        if name == "coordinates":
+            assert kind == "noised"
+            assert (whole[0] != again[0]).mean() > 0.5, "the same rows give other values each time"
+        else:
+            assert list(whole[1][name]) == list(less[1][name]), f"{name} tells of the rows"
+            assert kind == ("public" if any(whole[1][name]) else "absent")
+
+
+def test_what_is_refused_or_public_has_no_vector(private):
+    plan = private.plan
+    for name, (kind, _) in FIELDS.items():
+        if name in PURPOSES and kind != "noised":
+            assert not len(PURPOSES[name].rounds(plan, 0)), name
+    assert plan.standardise == "ranges" and plan.range.start is not None
+
+
+def test_survey_and_plan_are_the_same_whatever_the_rows_are(private):
+    site = private.federation.sites[0]
+    assert half(site).shape == site.shape
+    assert len({each.shape for each in private.federation.sites}) == 1
+
+
+def test_statement_lists_these_fields_and_the_prediction_alone_takes_rows(private):
+    one, other = statement(private.plan, 700), statement(private.plan, 70)
+    assert set(one["fields"]) == set(FIELDS)
+    assert {key for key in one if one[key] != other[key]} == {"predicted"}
+    # Ten times fewer rows: ten times the noise beside what is learnt.
+    ratios = [each["predicted"]["noise_to_signal"] for each in (one, other)]
+    assert ratios[1] == pytest.approx(10 * ratios[0])
