@@ -360,6 +360,3 @@ class FederatedFloat:
     def restore(self, saved: Any) -> None:
         state, kept = saved
         self.state, self._kept = JobState.from_bytes(state), read_kept(kept)
-
-
-Arm = Alone | Federated | FederatedFloat

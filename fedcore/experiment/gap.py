@@ -3,7 +3,9 @@
 A gap is a difference of two arms on the same test rows; positive means lost, for errors (mse, mae)
 too. `total = federation + quantisation + protection`, because each part is the difference of two
 neighbours on one line: centralised, federated_float, federated_integer, federated. The arm
-`federated_integer` is the run with the same plan and the plain integer sum.
+`federated_integer` is the run with the same plan and the plain integer sum. In a job with privacy another arm is on
+the line before it, `federated_quantised`, whose vectors are clipped and rounded but have no noise: the part `privacy`
+is what the noise costs.
 
 Invariant: the point estimate is the plain difference over all test rows; resampling only adds the
 interval. Arms with equal outputs have a gap of exactly 0 with a zero-width interval.
@@ -36,6 +38,13 @@ PARTS: dict[str, tuple[str, str]] = {
     "protection": ("federated_integer", "federated"),
 }
 """Part of the gap -> (arm that should be better, arm that lost)."""
+
+PRIVATE_PARTS: dict[str, tuple[str, str]] = {
+    **PARTS,
+    "quantisation": ("federated_float", "federated_quantised"),
+    "privacy": ("federated_quantised", "federated_integer"),
+}
+"""The same of a job with privacy, whose `quantisation` is clipping and rounding without noise."""
 
 BESIDE = {"local_only": ("centralised", "local_only")}
 """In addition to the parts of the gap: what training alone loses against pooling."""

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from fedcore.errors import Abandoned, BadInput, GuardTripped
-from fedcore.experiment.arms import Alone, Arm, Federated, FederatedFloat, Scoring, loss_of
+from fedcore.experiment.arms import Alone, Federated, FederatedFloat, Scoring, loss_of
 from fedcore.experiment.destinations import Destinations
 from fedcore.experiment.environment import peak_memory_mb
 from fedcore.experiment.outcome import build_result
 from fedcore.experiment.prepare import Prepared, job_json
+from fedcore.experiment.private_arms import Steps
 from fedcore.experiment.scores import FILE as SCORES_FILE
 from fedcore.experiment.scores import refuse_unscored, scores_file
 from fedcore.experiment.selection import VALIDATION, Selection
@@ -37,10 +38,13 @@ from fedcore.learning.model import single_thread
 from fedcore.learning.saved import FILE as MODEL_FILE
 from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
 from fedcore.results import Columns, RoundRow, RunResult
+from fedcore.secagg.privacy.privacy_plan import SITE
 from fedcore.types import Json
 
 STOP = object()
 """Return it from `on_round` to end the run after the present round."""
+
+Arm = Alone | Federated | FederatedFloat | Steps
 
 OnRound = Callable[[RoundRow], object]
 
@@ -112,6 +116,13 @@ class Experiment:
             "federated_float": lambda: FederatedFloat(prepared, self.federated),
             "federated": lambda: self.federated,
         }
+        if plan.privacy is not None and plan.privacy.unit != SITE:
+            everybody = range(len(trainers))
+            makers |= {
+                "centralised": lambda: Steps(prepared, [everybody]),
+                "local_only": lambda: Steps(prepared, [[place] for place in everybody]),
+                "federated_float": lambda: Steps.of_sum(prepared, self.federated),
+            }
         self.arms: dict[str, Arm] = {name: makers[name]() for name in prepared.arms}
         self.round = 0
         self.stopped: str | None = None

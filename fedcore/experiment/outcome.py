@@ -20,12 +20,14 @@ from fedcore.experiment.environment import environment, peak_memory_mb
 from fedcore.experiment.gap import (
     BESIDE,
     PARTS,
+    PRIVATE_PARTS,
     bootstrap_gap,
     lower_is_better,
     over_splits,
     plain_gaps,
 )
 from fedcore.experiment.prepare import made_in_memory
+from fedcore.experiment.private_arms import Steps
 from fedcore.experiment.selection import VALIDATION, chosen_by, mean_best
 from fedcore.files import read_json
 from fedcore.learning.constant import constant_values, training_targets
@@ -276,9 +278,14 @@ def _gaps(
     experiment: Experiment, scorings: Mapping[str, Scoring], twin: Scoring
 ) -> dict[str, dict[str, Interval]]:
     transport, job = experiment.prepared.transport, experiment.prepared.job
-    everything = {**scorings, "federated_integer": twin}
+    everything, pairs = {**scorings, "federated_integer": twin}, PARTS | BESIDE
+    if experiment.prepared.plan.privacy is not None:
+        pairs = PRIVATE_PARTS | BESIDE
+        if isinstance(steps := experiment.arms.get("federated_float"), Steps) and steps.companion:
+            everything["federated_quantised"] = steps.companion.evaluate(experiment.round)
+        else:  # of an update of a site, clipping and rounding are not told apart from the noise
+            pairs |= {"privacy": ("federated_float", "federated_integer")}
     scores = {n: found for n, each in everything.items() if (found := pooled(each)) is not None}
-    pairs = PARTS | BESIDE
     if scores:
         groups = _tested_groups(experiment.prepared.sites)
         return bootstrap_gap(

@@ -203,7 +203,8 @@ class Gap:
     def __getitem__(self, key: Literal["mean", "low", "high"]) -> float | None: ...
     @overload
     def __getitem__(
-        self, key: Literal["total", "federation", "quantisation", "protection", "local_only"]
+        self,
+        key: Literal["total", "federation", "quantisation", "privacy", "protection", "local_only"],
     ) -> Interval: ...
     def __getitem__(self, key: str) -> object:
         """`gap["federation"]` is a part; `gap["mean"]` a number of the total."""

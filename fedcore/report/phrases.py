@@ -20,7 +20,8 @@ ARM_NAMES = {
     "federated_float": "federated, float",
     "federated": "federated",
 }
-PART_NAMES = {part: part for part in ("federation", "quantisation", "protection", "total")}
+PARTS = ("federation", "quantisation", "privacy", "protection")
+PART_NAMES = {part: part for part in (*PARTS, "total")}
 GAP_OF_ARM = {"local_only": "local_only", "federated_float": "federation", "federated": "total"}
 """Which entry of the gap is `centralised - arm`; a result may hold none for local_only."""
 

@@ -283,11 +283,15 @@ def _site_mean(result: Result) -> SiteResult:
 
 
 def sources(results: Sequence[Result]) -> list[Grid]:
-    """Where the loss comes from: total = federation + quantisation + protection."""
+    """Where the loss comes from: total = federation + quantisation + privacy + protection."""
     metrics = _all(results, say.ordered_metrics)
+    private = any(
+        result.mean_gap("privacy", metric) is not None for result in results for metric in metrics
+    )
+    noise = "Privacy: clipped and rounded against the same with noise. " if private else ""
     note = (
         f"{phrases.capitalised(phrases.in_units(results, metrics))}, positive = lost. Federation: centralised against "
-        "float averaging. Quantisation: float against integers. "
+        f"float averaging. Quantisation: float against integers. {noise}"
         "Protection: integers against protected integers, which must be exactly 0."
     )
     title = "Where the loss comes from"

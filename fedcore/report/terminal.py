@@ -287,7 +287,7 @@ def _sources(result: Result) -> list[RenderableType]:
     metrics = say.ordered_metrics(result)
     parts = [
         part
-        for part in ("federation", "quantisation", "protection")
+        for part in phrases.PARTS
         if any(result.mean_gap(part, metric) is not None for metric in metrics)
     ]
     if not parts:

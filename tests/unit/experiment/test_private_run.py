@@ -7,10 +7,11 @@ import pytest
 
 import fedcore
 from fedcore.cli.reproduce import reproduce
-from fedcore.errors import RoundAbandoned
+from fedcore.config import plan_of
+from fedcore.errors import BadInput, RoundAbandoned
 from fedcore.experiment.loop import Experiment
 from fedcore.experiment.prepare import job_for, prepare
-from fedcore.learning.private_gradients import clipped_sum
+from fedcore.learning.private_gradients import clipped, clipped_sum
 from fedcore.secagg.encode.quantise import dequantise
 from fedcore.secagg.protocol.schedule import PlannedRound
 
@@ -84,6 +85,48 @@ def test_heart_keeps_most_of_its_accuracy_at_epsilon_three():
     assert experiment.federation.guards == ()
 
 
+def test_each_round_of_a_sampled_job_has_other_rows_and_the_step_stays_the_same():
+    found = prepared(sample_rate=0.5)
+    site, step = found.federation.sites[0], PlannedRound("update", 1)
+    rows, counts = len(site.site.train), []
+    for _ in range(4):
+        site.contribute(found.plan, step, found.federation.state)
+        counts.append(site.report.examples)
+    assert len(set(counts)) > 1
+    assert all(abs(each - rows / 2) < 6 * rows**0.5 / 2 for each in counts)
+
+
+def test_vector_of_a_site_as_the_unit_is_its_clipped_update_with_the_noise():
+    found = prepared()
+    site, state = found.federation.sites[0], found.federation.state
+    names = tuple(f"s{k:03}" for k in range(100))
+    settings = {"unit": "site", "noise": "site", "protection": "plain", "epochs": 2, "lr": 1.0}
+    job = job_for(None, {**SETTINGS, **settings, "epsilon": 25, "rounds": 1, "clip": 0.3})[1]
+    plan = plan_of(job, site.shape, names, 320)
+    update = clipped(site.train(plan, state, 1), 0.3)
+    assert np.linalg.norm(update) == pytest.approx(0.3, rel=1e-5), "it is longer unclipped"
+    sigma = plan.privacy.noise_multiplier * 0.3 * (1 + plan.noise_grid.rounding)
+    along = []
+    for _ in range(30):
+        fields, riding = site.contribute(plan, PlannedRound("update", 1), state)
+        opened = dequantise(fields, plan.packing.bits, plan.range.start, 1)
+        along.append(opened @ update / 0.3)
+    assert np.mean(along) == pytest.approx(0.3, abs=5 * sigma / 30**0.5)
+    assert 0.6 * sigma < np.std(along) < 1.5 * sigma
+    assert riding["weight"] == [320]
+
+
+def test_noise_of_each_site_may_be_seen_alone_and_the_run_says_so():
+    found = prepared(noise="site", protection="plain", rounds=1)
+    found.federation.advance()
+    assert "in every site's vector" in found.label
+
+
+def test_a_cap_that_would_follow_from_the_rows_is_refused():
+    with pytest.raises(BadInput, match=r"^protect.max_examples: found none with privacy.epsilon"):
+        prepared(max_examples=None)
+
+
 def test_run_prints_and_writes_what_is_bounded(tmp_path):
     fedcore.simulate("heart", out=tmp_path / "run", **{**SETTINGS, "rounds": 2})
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -106,3 +149,46 @@ def test_reproduce_compares_everything_but_the_noise(tmp_path):
     next(row for row in rows if row["arm"] == "local_only")["auc"] += 0.1
     rounds.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "arm local_only: auc" in reproduce(tmp_path / "run").difference
+
+
+def test_gap_has_a_part_for_privacy_and_the_parts_add_up(tmp_path):
+    settings = {**SETTINGS, "rounds": 3, "resamples": 0}
+    del settings["arms"]
+    gaps = {}
+    for epsilon in (0.3, 20):
+        run = fedcore.simulate(
+            "heart", out=tmp_path / str(epsilon), **{**settings, "epsilon": epsilon}
+        )
+        gaps[epsilon] = {part: by["auc"].mean for part, by in run.result.gap.items()}
+        parts = ("federation", "quantisation", "privacy", "protection")
+        assert sum(gaps[epsilon][p] for p in parts) == pytest.approx(
+            gaps[epsilon]["total"], abs=1e-12
+        )
+        assert gaps[epsilon]["protection"] == 0.0
+        # A step is a sum over rows, wherever they are.
+        assert abs(gaps[epsilon]["federation"]) < 1e-3
+        assert "| privacy |" in (run.directory / "report.md").read_text()
+    assert abs(gaps[20]["privacy"]) < 0.02  # noise of a standard deviation of half a row
+    assert gaps[0.3]["privacy"] != gaps[20]["privacy"]
+    assert gaps[0.3]["federation"] == gaps[20]["federation"]
+
+
+def test_arms_without_noise_go_on_from_a_checkpoint_to_the_same_bits():
+    def experiment():
+        return Experiment(
+            prepared(arms=["centralised", "local_only", "federated_float", "federated"])
+        )
+
+    whole = experiment()
+    steps = whole.rounds()
+    for _ in range(4 * 2):
+        next(steps)
+    saved, later = whole.save(), experiment()
+    later.restore(saved)
+    for each in (whole, later):
+        each.arms["federated"].step(3)  # of whose sum the survivors are
+    for name in ("centralised", "local_only", "federated_float"):
+        assert whole.arms[name].step(3) == later.arms[name].step(3)
+        assert whole.arms[name].models() == later.arms[name].models()
+    assert len(later.arms["federated_float"].models()) == 2
+    assert len(set(later.arms["local_only"].models())) == 4

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.results import result_of, stored
 
-from fedcore.experiment.gap import PARTS
+from fedcore.experiment.gap import PRIVATE_PARTS
 from fedcore.learning.metrics import METRICS
 from fedcore.report import latex, markdown, phrases, tables, warnings
 from fedcore.report import sentences as say
@@ -53,7 +53,7 @@ def federated_only(name: str = "heart") -> Json:
 
 def test_names_cover_exactly_the_arms_and_parts_of_results():
     assert tuple(phrases.ARM_NAMES) == ARMS
-    assert set(phrases.PART_NAMES) == set(PARTS)
+    assert set(phrases.PART_NAMES) == set(PRIVATE_PARTS)
     assert {m.name for m in METRICS.values() if not m.higher_is_better} == ERRORS
 
 
