@@ -44,6 +44,7 @@ class Explained:
         return {
             "task": self.plan.task, "plan": self.plan.digest, "label": self.label,
             "sends": [each.to_json() for each in self.items], "keeps": self.plan.train.keeps,
+            "frozen": list(self.plan.train.frozen_parameters),
         }  # fmt: skip
 
 
@@ -124,6 +125,9 @@ def explained_lines(found: Explained) -> Iterator[str]:
         yield from (f"    {part.name}: {part.type}, {part.values}" for part in item.parts)
     if plan.train.keeps:
         yield f"Kept here from round to round, and never sent: {plan.train.keeps}"
+    if plan.train.frozen_parameters:
+        names = ", ".join(plan.train.frozen_parameters)
+        yield f"Neither trained nor sent, the same at every site from the start: the parameters and buffers {names}"
     yield "Everything that may leave, and nothing else does:"
     rows = [("name", "kind", "bytes at most", "fields", "read by")]
     for item in found.items:

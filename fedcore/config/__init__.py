@@ -70,6 +70,7 @@ class TrainSection(Section):
     feddyn_alpha: float = Field(default=0.01, gt=0)
     ditto_lambda: float = Field(default=0.1, gt=0)
     local_parameters: Annotated[tuple[str, ...], BeforeValidator(_from_words)] = ()
+    frozen_parameters: Annotated[tuple[str, ...], BeforeValidator(_from_words)] = ()
     standardise: Literal["ranges", "federated"] = "ranges"
 
 
@@ -228,6 +229,7 @@ class Settings(TypedDict, total=False):
     feddyn_alpha: float
     ditto_lambda: float
     local_parameters: Sequence[str] | str
+    frozen_parameters: Sequence[str] | str
     standardise: Literal["ranges", "federated"]
     protect: Mapping[str, object]
     protection: str

@@ -14,11 +14,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from types import MethodType
 from typing import Any
 from weakref import WeakSet
 
@@ -120,7 +121,8 @@ class FlatModel:
 
     untrained: (d,) float32, what the seed made where the module was filled from a released model, else None.
     local_parameters: names, or patterns of `fnmatch`, of parameters and buffers that stay at a site: they are no part
-    of the vector, and `write` fills them from a vector of their own. Raises BadInput for one that nothing has.
+    of the vector, and `write` fills them from a vector of their own. frozen_parameters: the same of those that are
+    neither trained nor a part of any vector (`_freeze`). Raises BadInput for one that nothing has.
     """
 
     def __init__(
@@ -129,18 +131,20 @@ class FlatModel:
         buffers: str = "average",
         untrained: FloatVector | None = None,
         local_parameters: Sequence[str] = (),
+        frozen_parameters: Sequence[str] = (),
     ) -> None:
         if buffers not in BUFFER_POLICIES:
             raise UnknownName("round.buffers", buffers, BUFFER_POLICIES)
         self.module = module
         self.untrained = untrained
+        fixed = _freeze(module, frozen_parameters)
         shared = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        floating = [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
-        local = _matching([*shared, *floating], local_parameters)
+        floating = [(n, b) for n, b in _floating(module) if n not in fixed]
+        local = _matching("local_parameters", [*shared, *floating], local_parameters)
         shared = [(n, p) for n, p in shared if n not in local]
         floating = [(n, b) for n, b in floating if n not in local]
         self._local = [_TensorPlace.of(module, name, tensor) for name, tensor in local.items()]
-        stay = set(norm_statistics(module)) if buffers == "local" else set()
+        stay = set(norm_statistics(module)) - fixed.keys() if buffers == "local" else set()
         travelling = [(n, b) for n, b in floating if n not in stay] if buffers != "initial" else []
         self._shared = [
             _TensorPlace.of(module, name, tensor) for name, tensor in shared + travelling
@@ -156,7 +160,9 @@ class FlatModel:
         still += [p for p in module.parameters() if not p.requires_grad] + own
         self._kept: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in still]
         self._state = ModuleState(module)
-        self.policy = _describe_buffers(module, len(travelling), buffers, frozen, len(stay))
+        self.policy = _describe_buffers(
+            module, len(travelling), buffers, frozen, len(stay), fixed.keys()
+        )
         if local:
             self.policy += f"; {sum(t.numel() for t in local.values())} values of {', '.join(local)} stay at each site"
         if self.parameters == 0:
@@ -232,20 +238,55 @@ def _fill(places: Sequence[_TensorPlace], vector: FloatVector) -> None:
         done += size
 
 
-def _matching(named: Sequence[tuple[str, Tensor]], patterns: Sequence[str]) -> dict[str, Tensor]:
+_NAME_LESS = {
+    "local_parameters": ("is averaged", "name the head, or the normalisation layers"),
+    "frozen_parameters": ("is trained", "name the layers before the head"),
+}
+"""{setting: (what the parameters do that it does not name, what to name)}."""
+
+
+def _matching(
+    setting: str, named: Sequence[tuple[str, Tensor]], patterns: Sequence[str]
+) -> dict[str, Tensor]:
     """{name: tensor} of those that a pattern names. Raises UnknownName for a pattern that names none, and BadInput
     where no parameter is left."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name, _ in named):
-            raise UnknownName("train.local_parameters", pattern, [name for name, _ in named])
+            raise UnknownName(f"train.{setting}", pattern, [name for name, _ in named])
     found = {n: t for n, t in named if any(fnmatchcase(n, pattern) for pattern in patterns)}
     if found and all(n in found for n, t in named if isinstance(t, nn.Parameter)):
+        does, remedy = _NAME_LESS[setting]
         raise BadInput(
-            f"train.local_parameters: found all parameters of the model in {', '.join(patterns)}, expected at least "
-            "one that is averaged",
-            remedy="name the head, or the normalisation layers",
+            f"train.{setting}: found all parameters of the model in {', '.join(patterns)}, expected at least one that "
+            f"{does}",
+            remedy=remedy,
         )
     return found
+
+
+def _floating(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
+
+
+def _freeze(module: nn.Module, patterns: Sequence[str]) -> dict[str, Tensor]:
+    """Freeze the parameters and floating buffers that a pattern names; returns them by name. Normalisation layers with
+    frozen statistics stay in evaluation mode, in training too: else the layers behind them would be trained on
+    activations that they never see again. Raises as `_matching`."""
+    found = _matching(
+        "frozen_parameters", [*module.named_parameters(), *_floating(module)], patterns
+    )
+    for tensor in found.values():
+        tensor.requires_grad_(False)
+    for path, layer in module.named_modules():
+        if isinstance(layer, _NormBase) and f"{path}.running_mean".lstrip(".") in found:
+            layer.train(False)
+            vars(layer)["train"] = MethodType(_remain, layer)
+    return found
+
+
+def _remain(layer: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001 - as `train` has it
+    """In place of the `train` of a layer that stays in evaluation mode."""
+    return layer
 
 
 @dataclass(frozen=True)
@@ -293,8 +334,12 @@ def norm_statistics(module: nn.Module) -> list[str]:
     ]
 
 
-def _describe_buffers(module: nn.Module, averaged: int, policy: str, frozen: int, stay: int) -> str:
+def _describe_buffers(
+    module: nn.Module, averaged: int, policy: str, frozen: int, stay: int, fixed: Collection[str]
+) -> str:
+    """fixed: names of what the job froze, which are buffers and parameters; frozen: parameters, by the task as well."""
     total = sum(1 for _ in module.buffers())
+    still = sum(1 for name, _ in _floating(module) if name in fixed)
     parts = []
     if total == 0:
         parts.append("no buffers")
@@ -305,8 +350,10 @@ def _describe_buffers(module: nn.Module, averaged: int, policy: str, frozen: int
             parts.append(f"{stay} statistics of normalisation layers are each site's own")
         if averaged or not stay:
             parts.append(f"{averaged} floating buffers averaged with the parameters")
-        if total > averaged + stay:
-            parts.append(f"{total - averaged - stay} integer buffers keep their initial values")
+        if still:
+            parts.append(f"{still} buffers of frozen layers keep their initial values")
+        if (integers := total - averaged - stay - still) > 0:
+            parts.append(f"{integers} integer buffers keep their initial values")
     if frozen:
         parts.append(f"{frozen} frozen parameters stay at the seed's values")
     return "; ".join(parts)

@@ -199,12 +199,12 @@ def model_of(task: Task, job: Job, site: SiteRows) -> FlatModel:
     with task_code(site.id, None, "model"):
         module = build_model(task.model, job.run.seed, first_pass)
     device, untrained = require_device(job.run.device), None
-    stays = job.train.local_parameters
+    stays, fixed = job.train.local_parameters, job.train.frozen_parameters
     if job.run.initial is not None:
-        untrained = FlatModel(module, job.round.buffers, None, stays).read()
+        untrained = FlatModel(module, job.round.buffers, None, stays, fixed).read()
         layout = site.train.layout if isinstance(site.train, TableRows) else None
         start_from(Path(job.run.initial), module, layout)
-    return FlatModel(module.to(device), job.round.buffers, untrained, stays)
+    return FlatModel(module.to(device), job.round.buffers, untrained, stays, fixed)
 
 
 def sample_of(task: Task, job: Job, flat: FlatModel, site: SiteRows) -> Scored:

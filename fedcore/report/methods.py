@@ -14,7 +14,7 @@ from fedcore.secagg.protections import PROTECTIONS, unprotected
 _RATES = ("lr", "momentum")
 _IF_CHANGED = (
     "proximal_mu", "max_grad_norm", "lr_schedule", "lr_decay", "lr_step_rounds", "warmup_rounds", "algorithm",
-    "feddyn_alpha", "ditto_lambda", "local_parameters",
+    "feddyn_alpha", "ditto_lambda", "local_parameters", "frozen_parameters",
 )  # fmt: skip
 """Settings of training that a result has only where they change something."""
 
@@ -164,6 +164,7 @@ def _rates(section: Mapping[str, Any]) -> str:
         "lr_step_rounds": "rounds from step to step", "warmup_rounds": "rounds of warm-up",
         "algorithm": "federated algorithm", "feddyn_alpha": "alpha of FedDyn",
         "ditto_lambda": "lambda of Ditto", "local_parameters": "parameters that stay at the sites",
+        "frozen_parameters": "frozen parameters",
     }  # fmt: skip
     keys = ("lr", "batch_size", "momentum", "weight_decay", *_IF_CHANGED)
     return _bracketed([f"{names.get(k, k)} {section[k]}" for k in keys if section.get(k)])

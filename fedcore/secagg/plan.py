@@ -129,6 +129,7 @@ class TrainPlan:
     initial: SHA-256 hex of the released model that a simulation begins with, as a run prints it; "" for the one
     that every site makes from the seed. algorithm: one of `algorithms.ALGORITHMS`. feddyn_alpha: alpha of FedDyn.
     ditto_lambda: lambda of Ditto. local_parameters: names or patterns of what stays at each site (FedPer, FedBN).
+    frozen_parameters: names or patterns of what is neither trained nor sent: every site has it from the same seed.
     privacy: of a job whose sums have noise in them: each vector is then the sum of clipped gradients of the site's
     training rows, and a round is one step (or, where the unit is a site, its clipped update); None without.
 
@@ -152,10 +153,12 @@ class TrainPlan:
     feddyn_alpha: float = 0.01
     ditto_lambda: float = 0.1
     local_parameters: tuple[str, ...] = ()
+    frozen_parameters: tuple[str, ...] = ()
     privacy: PrivacyPlan | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "local_parameters", tuple(self.local_parameters))  # of JSON
+        for names in ("local_parameters", "frozen_parameters"):
+            object.__setattr__(self, names, tuple(getattr(self, names)))  # of JSON
         algorithms.refuse_training(self, UNCHANGED_TRAINING)
         if self.lr_schedule not in LR_SCHEDULES:
             raise UnknownName("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
@@ -240,7 +243,7 @@ UNCHANGED_TRAINING: Json = {
     "proximal_mu": 0.0, "max_grad_norm": None, "lr_schedule": "constant", "lr_decay": 1.0,
     "lr_step_rounds": None, "warmup_rounds": 0, "initial": "", "algorithm": "averaging", "feddyn_alpha": 0.01,
     "ditto_lambda": 0.1, "local_parameters": (),
-    "privacy": None,
+    "frozen_parameters": (), "privacy": None,
 }  # fmt: skip
 """Values of a TrainPlan that are left out where they travel: a job without these settings has the same digest
 as before there were any."""

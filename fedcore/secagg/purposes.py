@@ -64,6 +64,12 @@ def _times(rounds: int) -> str:
     return "one sum" if rounds == 1 else f"up to {rounds} sums, one a round"
 
 
+def _but_for(job: Job) -> str:
+    """Which parameters a job leaves out of its updates, in words."""
+    names = [*job.train.local_parameters, *job.train.frozen_parameters]
+    return f" but for {', '.join(names)}" if names else ""
+
+
 def _second_block(job: Job) -> str:
     found = algorithm_of(job.train.algorithm).second_block
     return f"{found}, " if found else ""
@@ -111,8 +117,8 @@ PURPOSES = {
                 f"update ({_times(job.round.rounds)}): {_WITH_NOISE}"
                 if terms.privacy is not None
                 else f"update ({_times(job.round.rounds)}): how training here changed the parameters of the "
-                f"model, {_second_block(job)}the number of training rows, how many coordinates exceed the range, and "
-                + _TEST
+                f"model{_but_for(job)}, {_second_block(job)}the number of training rows, how many coordinates exceed "
+                f"the range, and {_TEST}"
             ),
             trains=True,
             measures=True,

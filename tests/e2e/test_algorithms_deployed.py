@@ -1,4 +1,6 @@
-"""Algorithms under which sites keep something: deployed sites reach the model of the simulation, also when one dies."""
+"""Algorithms under which sites keep something: deployed sites reach the model of the simulation, also when one dies.
+
+And a frozen backbone, of which nothing travels."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from town import SITES
 from trained_town import TrainedTown
 
 import fedcore
+from fedcore.files import read_json
 from fedcore.learning.model import single_thread
 
 LINES = """
@@ -57,3 +60,18 @@ def test_a_deployed_site_keeps_what_a_simulated_one_does_and_finds_it_after_its_
         assert models == {run.result.model_sha256}
         models, _ = play(tmp_path / "killed", at=commits // 2, late=True)
         assert models == {run.result.model_sha256}
+
+
+def test_deployed_sites_with_a_frozen_backbone_reach_the_model_of_the_simulation(tmp_path, pool):
+    """The vector has the head's 5 parameters; each site makes the backbone from the seed."""
+    settings = SETTINGS | {"frozen_parameters": ["0.*"]}
+    path = tmp_path / "lines.py"
+    path.write_text(
+        LINES.replace("nn.Linear(3, 1)", "nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))")
+    )
+    with single_thread():
+        run = fedcore.simulate(str(path), sites=SOURCES, out=tmp_path / "run", **settings)
+        assert read_json(tmp_path / "run" / "plan.json")["coordinates"] == 5
+        town = TrainedTown(tmp_path / "town", pool, str(path), settings, SOURCES)
+        models, _ = asyncio.run(town.play())
+    assert models == {run.result.model_sha256}

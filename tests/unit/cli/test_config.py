@@ -50,6 +50,7 @@ def test_the_keywords_of_simulate_are_the_keys_of_a_job_with_their_types():
         "initial",
         "to",
         "local_parameters",
+        "frozen_parameters",
     }  # given in another form than the section keeps
     assert {k: found[k] for k in wanted if k not in from_words} == {
         k: wanted[k] for k in wanted if k not in from_words

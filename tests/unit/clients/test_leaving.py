@@ -319,3 +319,11 @@ def test_a_second_block_is_on_the_list_and_what_is_kept_is_not():
         limits.check("control", "vector", 1)
     said = "\n".join(explained_lines(Explained(plan, tuple(limits.items()))))
     assert "Kept here from round to round, and never sent: this site's control variate" in said
+
+
+def test_what_is_frozen_is_said_to_be_neither_trained_nor_sent():
+    plan = plan_for("masked", train=TrainPlan(frozen_parameters=("body.*",)))
+    found = Explained(plan, tuple(OutgoingList(plan, 0, 4).items()))
+    assert found.to_json()["frozen"] == ["body.*"]
+    said = [line for line in explained_lines(found) if "body.*" in line]
+    assert len(said) == 1 and said[0].startswith("Neither trained nor sent")

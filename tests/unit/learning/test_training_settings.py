@@ -314,7 +314,7 @@ def test_every_setting_of_training_is_in_the_plan_that_sites_check():
     }  # fmt: skip
     algorithms = [
         {"algorithm": "feddyn", "feddyn_alpha": 0.5}, {"algorithm": "ditto", "ditto_lambda": 0.5},
-        {"local_parameters": ("weight",)},
+        {"local_parameters": ("weight",)}, {"frozen_parameters": ("weight",)},
     ]  # fmt: skip
     of_algorithms = {name for each in algorithms for name in each}
     assert later.keys() | of_algorithms == UNCHANGED_TRAINING.keys() - {"initial", "privacy"}
