@@ -18,7 +18,10 @@ from fedcore.cli.console import JobCommand
 from fedcore.errors import BadInput
 
 FLAGS: dict[str, tuple[object, str]] = {
-    "task": (str, "heart | digits | path/to/file.py[:attribute] | package.module:attribute"),
+    "task": (
+        str,
+        "heart | digits | fashion | thyroid | loans | path/to/file.py[:attribute] | package.module:attribute",
+    ),
     "protection": (str, "layered (default), masked, encrypted or plain."),
     "cipher": (str, "What encrypts under layered and encrypted: bfv or keystream."),
     "rounds": (int, "Rounds to run."),

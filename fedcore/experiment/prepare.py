@@ -6,6 +6,7 @@ Invariant: nothing is chosen on test rows, and what the plan refuses is refused 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedcore.learning.app_jobs import refuse_of_app
 from fedcore.learning.data.rows import Rows, pool
 from fedcore.learning.data.split import FoldSplit, ValidationPart
 from fedcore.learning.data.statistics import MIN_CONTRIBUTORS, Statistics
+from fedcore.learning.dealing import dealt
 from fedcore.learning.device import move_loss, require_device
 from fedcore.learning.findings import lines
 from fedcore.learning.metric_sums import MetricTransport
@@ -37,24 +39,32 @@ from fedcore.secagg.protections import refuse_roster
 from fedcore.secagg.protocol.absences import parse_absence
 from fedcore.types import ARMS, Json, SiteId
 
-_GROUPING_KEYS = {"n", "by", "alpha", "seed"}
+_DEALING_KEYS = ("by", "n", "alpha", "seed")
+"""The keys of [sites] that deal rows to sites, as `learning.dealing.dealt` and `fedcore.split` take them."""
 
 
 def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
-    """{site id: source} from the job, else the task's own. Raises BadInput where there is none."""
+    """{site id: source} from the job, else the task's own; dealt again where the job asks for a partition that the
+    task does not make. Raises BadInput where there is none."""
     wanted = dict(job.sites)
-    if callable(task.sites) and (not wanted or "n" in wanted or set(wanted) <= _GROUPING_KEYS):
+    own = tuple(signature(task.sites).parameters) if callable(task.sites) else ()
+    keys = tuple(dict.fromkeys((*own, *_DEALING_KEYS)))
+    if task.sites is not None and (set(wanted) <= set(keys) or "n" in wanted):
         for key in wanted:
-            if key not in _GROUPING_KEYS:
-                raise UnknownName("key", f"sites.{key}", [f"sites.{k}" for k in _GROUPING_KEYS])
+            if key not in keys:
+                raise UnknownName("key", f"sites.{key}", [f"sites.{k}" for k in keys])
+        ours: dict[str, Any] = (
+            {} if set(own) >= {"by"} else {k: v for k, v in wanted.items() if k not in own}
+        )
         with seeded(0, 0, "", "sites"), task_code("(all)", None, "sites"):
-            wanted = _mapping(task.sites(**wanted))
-    elif not wanted and task.sites is not None and not callable(task.sites):
-        wanted = _mapping(task.sites)
-    elif wanted and set(wanted) <= _GROUPING_KEYS:
+            mine = {k: v for k, v in wanted.items() if k not in ours}
+            wanted = _mapping(task.sites(**mine) if callable(task.sites) else task.sites)
+        if ours:
+            wanted = dict(dealt(task, wanted, **ours))
+    elif wanted and set(wanted) <= set(_DEALING_KEYS):
         raise BadInput(
-            f"sites: found {', '.join(sorted(wanted))}, but task {task.name!r} cannot make sites itself",
-            remedy='give [sites] as `id = "source"` lines, or the task a `sites` function',
+            f"sites: found {', '.join(sorted(wanted))}, but task {task.name!r} has no sites to deal again",
+            remedy='give [sites] as `id = "source"` lines, or the task `sites`',
         )
     if not wanted:
         raise BadInput(

@@ -28,6 +28,9 @@ from fedcore.results import is_column
 BUILT_IN = {
     "heart": "fedcore.learning.data.heart:task",
     "digits": "fedcore.learning.data.digits:task",
+    "fashion": "fedcore.learning.data.fashion:task",
+    "thyroid": "fedcore.learning.data.thyroid:task",
+    "loans": "fedcore.learning.data.loans:task",
 }
 
 

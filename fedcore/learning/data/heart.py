@@ -9,13 +9,13 @@ any site's rows: public ranges are physiological, categories come from the data 
 """
 
 import csv
-import hashlib
 import io
 from functools import cache
 from pathlib import Path
 
-from fedcore.errors import BadInput, UnknownName
+from fedcore.errors import UnknownName
 from fedcore.learning.data import tabular
+from fedcore.learning.data.files import verified
 from fedcore.learning.data.linear import linear, logit_loss
 from fedcore.learning.data.rows import TableRows
 from fedcore.learning.data.tabular import category, number
@@ -64,13 +64,7 @@ def data(source: str) -> TableRows:
 
 @cache
 def _text() -> str:
-    raw = FILE.read_bytes()
-    found = hashlib.sha256(raw).hexdigest()
-    if found != SHA256:
-        raise BadInput(
-            f"{FILE.name}: found SHA-256 {found[:12]}..., expected {SHA256[:12]}...",
-            remedy="the vendored data was changed; reinstall fedcore",
-        )
+    raw = verified(FILE, SHA256, "the vendored data was changed; reinstall fedcore")
     return raw.decode()
 
 

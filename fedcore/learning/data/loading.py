@@ -39,6 +39,8 @@ def load_rows(task: Task, source: Any, site: str) -> tuple[Rows, Rows | None]:
     what it returned is empty, not finite, or of no kind listed in docs/tasks.md.
     """
     where = f"site {site}"
+    if isinstance(source, (ArrayRows, TableRows, DatasetRows)):  # of sites that were dealt again
+        return source, None
     with user_code(f"{where}: task.data"):
         try:
             found = task.data(source)

@@ -25,6 +25,7 @@ from fedcore.learning.data.kinds import (
     is_pandas,
 )
 from fedcore.learning.data.rows import ArrayRows, DatasetRows, TableRows
+from fedcore.learning.data.statistics import Statistics
 
 WAYS = ("iid", "dirichlet", "label", "quantity", "features")
 
@@ -56,6 +57,21 @@ def split(
 
     Raises BadInput when `n` parts cannot all have a row, or labels are wanted and there are none.
     """
+    found, take = _dealt(dataset, n, by, alpha, seed, label)
+    return {name: take(part) for name, part in found.items()}
+
+
+def split_places(
+    dataset: Any, n: int, by: str = "iid", alpha: float | None = None, seed: int = 0
+) -> dict[str, Indices]:
+    """What `split` would give each site, as places of rows: {site: (rows,) int64, ascending}. Raises as it does."""
+    return _dealt(dataset, n, by, alpha, seed, None)[0]
+
+
+def _dealt(
+    dataset: Any, n: int, by: str, alpha: float | None, seed: int, label: str | None
+) -> tuple[dict[str, Indices], Callable[[Indices], Any]]:
+    """The places of each site's rows, and the function that takes rows by them."""
     if by not in WAYS:
         raise UnknownName("split(by=...)", str(by), WAYS)
     if by in _BY_ALPHA and not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
@@ -95,10 +111,10 @@ def split(
     else:
         parts = _shards(labels, n, generator)
     width = max(2, len(str(n)))
-    return {
-        f"site-{i + 1:0{width}d}": take(np.sort(part).astype(np.int64))
-        for i, part in enumerate(parts)
+    places = {
+        f"site-{i + 1:0{width}d}": np.sort(part).astype(np.int64) for i, part in enumerate(parts)
     }
+    return places, take
 
 
 def group(frame: Any, by: str) -> dict[str, Any]:
@@ -214,6 +230,12 @@ def _dirichlet(
 
 def _along_first_component(dataset: Any) -> NDArray[np.int64]:
     """The rows of `(X, y)` in their order along the first principal component of X; equal ones as they were."""
+    if isinstance(dataset, TableRows):  # as a model gets them without statistics that travel
+        dataset = dataset.standardise(
+            Statistics.of_ranges(dataset.layout.names, dataset.layout.ranges)
+        )
+    if isinstance(dataset, ArrayRows):
+        dataset = dataset.x, dataset.y
     if not isinstance(dataset, (tuple, list)):
         raise BadInput(
             f"split(by='features'): found {type(dataset).__name__}, expected arrays (X, y)",
