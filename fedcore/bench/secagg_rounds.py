@@ -70,7 +70,8 @@ def run(
 
 
 def _row(plan: RoundPlan, drop: int, seed: int) -> Json:
-    epoch, watch = InProcessFederation("bench", plan), Stopwatch(time.process_time)
+    epoch = InProcessFederation("bench", plan, as_deployed=True)
+    watch = Stopwatch(time.process_time)
     up, down = Counter[str](), Counter[str]()  # bytes of messages, without the vectors, per site
 
     def tap(to: str, message: messages.RoundMessage) -> None:

@@ -9,8 +9,10 @@ Invariant: the opened sum is compared with the plain integer sum of the survivor
 in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is measured and never assumed.
 """
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import assert_never
 
 from fedcore.errors import PeerRefused, RoundAbandoned
@@ -19,6 +21,7 @@ from fedcore.secagg.crypto.entropy import Entropy, OsEntropy
 from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.secret import SecretBytes
+from fedcore.secagg.crypto.shared_work import shared_work
 from fedcore.secagg.plan import RoundHeader, RoundPlan, VectorSpec
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.absences import ABANDONED_AT, gone
@@ -129,6 +132,20 @@ def sum_engine(job: str, plan: RoundPlan) -> SumEngine:
     return InProcessFederation(job, plan) if plan.layers.protects else PlainSum(plan)
 
 
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """What one process spares that plays all parties. The messages of a round between 64 sites are a million objects,
+    none of them in a cycle, through which the garbage collector would go again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with shared_work():
+            yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 EpochMail = epoch.CoordinatorEpochEvent | tuple[SiteDriver, epoch.SiteEpochEvent]
 Mail = messages.SiteMessage | tuple[SiteDriver, messages.CoordinatorMessage]
 """A message on its way: of a site to the coordinator, or to this site."""
@@ -138,12 +155,21 @@ class InProcessFederation(SumEngine):
     """All parties of one job in this process, from their key epoch to the last round.
 
     entropy: where the protocol's keys, shares and encapsulations come from; tests may record it.
+    as_deployed: every party computes all that it would compute in a process of its own, to measure it; else what
+    several parties would compute alike is computed once (`crypto/shared_work.py`). The messages are the same.
     tap: called with (recipient, message) for every message of a round, to count or to record.
     warnings: what the parties' own logs would say, each with its party's name.
     """
 
-    def __init__(self, job: str, plan: RoundPlan, entropy: Entropy | None = None) -> None:
-        self.job, self.plan = job, plan
+    def __init__(
+        self,
+        job: str,
+        plan: RoundPlan,
+        entropy: Entropy | None = None,
+        *,
+        as_deployed: bool = False,
+    ) -> None:
+        self.job, self.plan, self.as_deployed = job, plan, as_deployed
         self.now = 0.0
         self.certificate: messages.Certificate | None = None
         self.tap: Callable[[str, messages.RoundMessage], None] | None = None
@@ -172,9 +198,13 @@ class InProcessFederation(SumEngine):
             self.plan.threshold, self.plan.digest, epoch.first_maker(roster, roster),
         )  # fmt: skip
         waiting: deque[EpochMail] = deque([epoch.StartEpoch(header)])
-        while waiting:
-            each = waiting.popleft()
-            waiting += self._at_site(*each) if isinstance(each, tuple) else self._at_hub(each)
+        with self._shared_work():
+            while waiting:
+                each = waiting.popleft()
+                waiting += self._at_site(*each) if isinstance(each, tuple) else self._at_hub(each)
+
+    def _shared_work(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.as_deployed else _one_process()
 
     def _at_hub(self, event: epoch.CoordinatorEpochEvent) -> Iterator[EpochMail]:
         hub = self.hub
@@ -203,10 +233,11 @@ class InProcessFederation(SumEngine):
         with current.watch("protect"):
             current.tag = self.shells[self.plan.sites[0]].secrets.tag(header, current.state)
         exchange = _Exchange(self, current)
-        try:
-            exchange.run(header)
-        finally:
-            exchange.end()
+        with self._shared_work():
+            try:
+                exchange.run(header)
+            finally:
+                exchange.end()
         stage = self.hub.stage
         if isinstance(stage, coordinator.Released):
             self._catch_up(current, stage.certificate)

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
 
+from fedcore.secagg.crypto.shared_work import shared
+
 
 class Entropy(Protocol):
     """Random bytes, and the one primitive that draws some of its own."""
@@ -28,4 +30,8 @@ class OsEntropy:
         return os.urandom(length)
 
     def encapsulate(self, mlkem_public: bytes) -> tuple[bytes, bytes]:
-        return MLKEM768PublicKey.from_public_bytes(mlkem_public).encapsulate()
+        public = shared(
+            (MLKEM768PublicKey, mlkem_public),
+            lambda: MLKEM768PublicKey.from_public_bytes(mlkem_public),
+        )
+        return public.encapsulate()

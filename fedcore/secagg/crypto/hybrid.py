@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from fedcore.errors import BadInput, EnvelopeRefused, KeyRefused
 from fedcore.secagg.crypto.entropy import Entropy
 from fedcore.secagg.crypto.secret import Secret
+from fedcore.secagg.crypto.shared_work import keep, once, shared
 from fedcore.secagg.crypto.symmetric import BOX_OVERHEAD, Label, derive, open_box, seal_box
 
 X25519_BYTES = 32
@@ -91,11 +92,12 @@ class HybridKey(Secret):
     @classmethod
     def from_bytes(cls, data: bytes) -> HybridKey:
         """The inverse of `to_bytes`. Raises BadInput."""
-        return cls(data[:X25519_BYTES], data[X25519_BYTES:])
+        return shared((cls, data), lambda: cls(data[:X25519_BYTES], data[X25519_BYTES:]))
 
     def agree(self, other_x25519: bytes, owner: str) -> bytes:
         """The X25519 shared secret, 32 bytes. Raises KeyRefused for a malformed or small-order key."""
-        return _exchange(self._x25519, other_x25519, owner)
+        pair = frozenset((self.public.x25519, other_x25519))
+        return shared((_exchange, pair), lambda: _exchange(self._x25519, other_x25519, owner))
 
     def decapsulate(self, ciphertext: bytes, sender: str) -> bytes:
         """The ML-KEM shared secret, 32 bytes; of a foreign ciphertext, an unpredictable one. Raises
@@ -126,7 +128,9 @@ def seal_envelope(
     shared, ciphertext = encapsulate(theirs.mlkem, recipient, entropy)
     secret = mine.agree(theirs.x25519, recipient) + shared
     key = _envelope_key(secret, mine.public, theirs, ciphertext, context)
-    return ciphertext + seal_box(key, plaintext, context)
+    sealed = ciphertext + seal_box(key, plaintext, context)
+    keep((_opened, theirs, mine.public, sealed, context), plaintext)
+    return sealed
 
 
 def open_envelope(
@@ -137,6 +141,13 @@ def open_envelope(
     if len(sealed) < ENVELOPE_OVERHEAD:
         found, expected = f"{len(sealed)} bytes", f"at least {ENVELOPE_OVERHEAD}"
         raise EnvelopeRefused(f"sealed message from {sender}", found, expected, sender)
+    key = _opened, mine.public, sender_public, sealed, context
+    return shared(key, lambda: _opened(mine, sender_public, sealed, context, sender))
+
+
+def _opened(
+    mine: HybridKey, sender_public: HybridPublic, sealed: bytes, context: bytes, sender: str
+) -> bytes:
     ciphertext, box = sealed[:CIPHERTEXT_BYTES], sealed[CIPHERTEXT_BYTES:]
     secret = mine.agree(sender_public.x25519, sender) + mine.decapsulate(ciphertext, sender)
     key = _envelope_key(secret, sender_public, mine.public, ciphertext, context)
@@ -163,6 +174,7 @@ def _exchange(mine: X25519PrivateKey, theirs: bytes, owner: str) -> bytes:
         raise KeyRefused(what, "a point of small order", "one of large order", owner) from None
 
 
+@once
 def _mlkem_key(public: bytes, owner: str) -> None:
     what = f"ML-KEM key of {owner}"
     _expect_length(what, public, MLKEM_PUBLIC_BYTES, owner)

@@ -16,6 +16,7 @@ from fedcore.secagg.crypto import hybrid, symmetric
 from fedcore.secagg.crypto.entropy import Entropy
 from fedcore.secagg.crypto.hybrid import HybridKey, HybridPublic, encapsulate
 from fedcore.secagg.crypto.secret import Secret, SecretBytes
+from fedcore.secagg.crypto.shared_work import keep, shared
 from fedcore.secagg.crypto.symmetric import Label, derive, open_box, seal_box
 from fedcore.secagg.plan import RoundHeader
 from fedcore.types import SiteId
@@ -36,6 +37,9 @@ class MaskRoot(Secret):
     @cached_property
     def keys(self) -> HybridKey:
         """The mask key pair: the same from a rebuilt root, so the coordinator checks a root by it."""
+        return shared((MaskRoot, self._root), self._make_keys)
+
+    def _make_keys(self) -> HybridKey:
         return HybridKey(
             derive(self._root, Label.MASK_X25519),
             derive(self._root, Label.MASK_MLKEM, length=hybrid.MLKEM_SEED_BYTES),
@@ -53,8 +57,10 @@ class MaskRoot(Secret):
 
 def pair_secret(root: MaskRoot, *, sender: SiteId, recipient: SiteId, header: bytes) -> bytes:
     """r of the pair, 32 bytes, from the root of the site that made the offer. header: h."""
-    return derive(
-        root.offer_secret, Label.OFFERED, sender.encode(), recipient.encode(), salt=header
+    ids = sender.encode(), recipient.encode()
+    return shared(
+        (pair_secret, root.keys.public, ids, header),
+        lambda: derive(root.offer_secret, Label.OFFERED, *ids, salt=header),
     )
 
 
@@ -70,9 +76,11 @@ def make_offer(
     """(r, offer): r sealed to the recipient's mask key, 1088 + 48 bytes. Raises KeyRefused. The offer can be
     opened again once the recipient's root is rebuilt."""
     secret = pair_secret(root, sender=sender, recipient=recipient, header=header)
-    shared, ciphertext = encapsulate(peer_mask_mlkem, recipient, entropy)
-    key = _offer_key(shared, peer_mask_mlkem, ciphertext, sender, recipient, header)
-    return secret, ciphertext + seal_box(key, secret, b"")
+    encapsulated, ciphertext = encapsulate(peer_mask_mlkem, recipient, entropy)
+    key = _offer_key(encapsulated, peer_mask_mlkem, ciphertext, sender, recipient, header)
+    offer = ciphertext + seal_box(key, secret, b"")
+    keep((_opened_offer, peer_mask_mlkem, offer, sender, recipient, header), secret)
+    return secret, offer
 
 
 def open_offer(
@@ -82,18 +90,30 @@ def open_offer(
     if len(offer) != OFFER_BYTES:
         found, expected = f"{len(offer)} bytes", f"{OFFER_BYTES} bytes"
         raise EnvelopeRefused(f"mask offer from {sender}", found, expected, sender)
+    of = root.keys.public.mlkem, offer, sender, recipient, header
+    return shared((_opened_offer, *of), lambda: _opened_offer(root, *of[1:]))
+
+
+def _opened_offer(
+    root: MaskRoot, offer: bytes, sender: SiteId, recipient: SiteId, header: bytes
+) -> bytes:
     ciphertext, box = offer[: hybrid.CIPHERTEXT_BYTES], offer[hybrid.CIPHERTEXT_BYTES :]
-    shared = root.keys.decapsulate(ciphertext, sender)
-    key = _offer_key(shared, root.keys.public.mlkem, ciphertext, sender, recipient, header)
+    secret = root.keys.decapsulate(ciphertext, sender)
+    key = _offer_key(secret, root.keys.public.mlkem, ciphertext, sender, recipient, header)
     return open_box(key, box, b"", sender=sender)
 
 
 def _offer_key(
-    shared: bytes, mlkem: bytes, ciphertext: bytes, sender: SiteId, recipient: SiteId, header: bytes
+    encapsulated: bytes,
+    mlkem: bytes,
+    ciphertext: bytes,
+    sender: SiteId,
+    recipient: SiteId,
+    header: bytes,
 ) -> bytes:
     # All that an offer belongs to is in its key, so its box needs no further context.
     ids = (sender.encode(), recipient.encode())
-    return derive(shared, Label.OFFER_BOX, *ids, mlkem, ciphertext, salt=header)
+    return derive(encapsulated, Label.OFFER_BOX, *ids, mlkem, ciphertext, salt=header)
 
 
 def pair_seed(
@@ -116,9 +136,13 @@ def pair_seed(
     (first, first_keys), (second, second_keys) = sorted(
         ((mine, own.to_bytes()), (theirs, peer.to_bytes()))
     )
-    agreed = root.keys.agree(peer.x25519, theirs) + secret
     parts = (first.encode(), second.encode(), first_keys, second_keys, state_tag)
-    return derive(agreed, Label.PAIR_SEED, *parts, salt=header)
+
+    def make() -> bytes:
+        agreed = root.keys.agree(peer.x25519, theirs) + secret
+        return derive(agreed, Label.PAIR_SEED, *parts, salt=header)
+
+    return shared((pair_seed, parts, secret, header), make)
 
 
 def self_mask_seed(self_seed: bytes, *, site: SiteId, header: bytes, state_tag: bytes) -> bytes:

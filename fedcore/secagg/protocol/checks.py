@@ -1,6 +1,7 @@
 """Checks that both roles make in the same way, read as `checks.members(...)`; each raises what it refuses."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from fedcore.errors import (
     HeaderRefused,
@@ -12,7 +13,9 @@ from fedcore.errors import (
     ThresholdRefused,
     VectorRefused,
 )
+from fedcore.secagg.crypto.hybrid import HybridPublic
 from fedcore.secagg.crypto.shamir import SHARE_BYTES
+from fedcore.secagg.crypto.shared_work import shared_of
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protections import Protection
 from fedcore.secagg.protocol import messages
@@ -122,8 +125,8 @@ def keys(keys: messages.Keys, header: RoundHeader, pins: Pins) -> None:
     if keys.site not in header.roster:
         raise RosterRefused("keys", f"of {keys.site!r}", "a site of the roster", COORDINATOR)
     check_signature(keys, pins)
-    keys.channel.check(keys.site)
-    keys.mask.check(keys.site)
+    for public in (keys.channel, keys.mask):
+        shared_of(public, (HybridPublic, keys.site), partial(public.check, keys.site))
     if len(keys.self_seed_hash) != 32:
         found = f"{len(keys.self_seed_hash)} bytes"
         raise KeyRefused("self-seed hash", found, 32, keys.site)
@@ -179,11 +182,16 @@ def head(head: messages.SharesHead, header: RoundHeader, pins: Pins, joined: Sit
     """A signed list of parcels of this round: one for each site of U1. Raises ShareRefused."""
     of_round(head.header, header, head.site)
     check_signature(head, pins)
-    if [recipient for recipient, _ in head.parcels] != list(joined):
+    recipients = shared_of(head, _recipients, lambda: _recipients(head))
+    if recipients != list(joined):
         raise ShareRefused(
             "shares", f"parcels for {len(head.parcels)} sites",
             f"one for each of the {len(joined)} that joined", head.site,
         )  # fmt: skip
+
+
+def _recipients(head: messages.SharesHead) -> list[SiteId]:
+    return [recipient for recipient, _ in head.parcels]
 
 
 def confirm(confirm: messages.Confirm, own: messages.Confirm, pins: Pins) -> None:
@@ -203,5 +211,9 @@ def certificate(certificate: messages.Certificate, header: RoundHeader, pins: Pi
     members(certificate.survivors, header.roster, header.threshold, "certificate")
     signers = [site for site, _ in certificate.signatures]
     members(signers, certificate.survivors, header.threshold, "certificate's signers")
-    for site, signature in certificate.signatures:
-        check_signature(certificate.statement(site, signature), pins)
+
+    def check() -> None:
+        for site, signature in certificate.signatures:
+            check_signature(certificate.statement(site, signature), pins)
+
+    shared_of(certificate, (members, tuple(pins.items())), check)

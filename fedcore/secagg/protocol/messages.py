@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Protocol, TypeVar
 from fedcore.errors import SignatureRefused
 from fedcore.secagg.crypto.hybrid import HybridPublic
 from fedcore.secagg.crypto.identity_key import IdentityKey, verify
+from fedcore.secagg.crypto.shared_work import once, shared_of
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol.wire_form import digest, record, type_name, unsigned, with_signature
 from fedcore.types import SiteId
@@ -305,10 +306,16 @@ def check_signature(message: Signed, pins: Mapping[SiteId, bytes]) -> None:
         raise SignatureRefused(
             "signature", f"one by {message.site!r}", "a site of the roster", COORDINATOR
         )
-    label = type_name(type(message)).encode()
-    verify(pins[message.site], label, unsigned(message), message.signature, signer=message.site)
+    public = pins[message.site]
+
+    def check() -> None:
+        label = type_name(type(message)).encode()
+        verify(public, label, unsigned(message), message.signature, signer=message.site)
+
+    shared_of(message, (check_signature, public), check)
 
 
+@once
 def share_digest(header: bytes, of: SiteId, holder: SiteId, kind: str, share: bytes) -> bytes:
     """What a sender signs of one plaintext key share."""
     return digest((header, of, holder, kind, share))

@@ -114,9 +114,9 @@ def take_answer(move: CoordinatorMove, stage: stages.Unmasking, unmask: messages
         raise ShareRefused(
             "unmask", "shares of other sites or kinds", "exactly one of each site", site
         )
-    parcels = parcels_of(stage.shares)
+    parcels = {p.sender: p for each in stage.shares for p in each.parcels if p.recipient == site}
     for answer in unmask.answers:
-        checks.share(header.digest, parcels[answer.of, site], answer.kind, answer.share, site)
+        checks.share(header.digest, parcels[answer.of], answer.kind, answer.share, site)
     move.record(entries.AnswerTaken(unmask))
 
 

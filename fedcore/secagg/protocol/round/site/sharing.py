@@ -15,7 +15,7 @@ from fedcore.secagg.protocol.round.site import entries, stages
 from fedcore.secagg.protocol.round.site.entries import SiteMove
 from fedcore.secagg.protocol.round.site.events import SiteParams
 from fedcore.secagg.protocol.round.site.stages import exchange
-from fedcore.secagg.protocol.wire_form import digest, encode
+from fedcore.secagg.protocol.wire_form import digest, encode, encode_message
 from fedcore.types import SiteId
 
 
@@ -83,7 +83,7 @@ def _parcel(
         share_digest(h, mine, to, MASK_ROOT, shares[1]),
     )
     if to == mine:
-        return messages.Parcel(mine, to, b"", b"", *digests)
+        return _written(messages.Parcel(mine, to, b"", b"", *digests))
     envelope = seal_envelope(
         channel, keys.channel, b"".join(shares), context=_context(header, mine, to), recipient=to,
         entropy=entropy,
@@ -93,7 +93,13 @@ def _parcel(
         _, offer = make_offer(
             root, keys.mask.mlkem, sender=mine, recipient=to, header=h, entropy=entropy
         )
-    return messages.Parcel(mine, to, envelope, offer, *digests)
+    return _written(messages.Parcel(mine, to, envelope, offer, *digests))
+
+
+def _written(parcel: messages.Parcel) -> messages.Parcel:
+    """The parcel with its byte form: it is hashed, journalled and sent."""
+    encode_message(parcel)
+    return parcel
 
 
 def open_shares(move: SiteMove, stage: stages.Shared, delivery: messages.Delivery) -> None:
