@@ -19,6 +19,7 @@ import os
 import struct
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,9 @@ from fedcore.types import Json, Slots
 
 BLOCKS_PER_CHUNK = 64
 """Ciphertexts in one chunk: about 0.9 MB up at N = 2048, and large runs for the bit packing."""
+
+MOST_AHEAD = 1024
+"""Encryptions of zero that a site makes ahead: 16 MiB of memory at N = 2048, the vector of four million parameters."""
 
 _SEAL_HEADER = struct.Struct("<HBBBBHQ")
 _SEAL_MAGIC, _SEAL_HEADER_SIZE = 0xA15E, 16
@@ -73,12 +77,13 @@ class Courier:
 
     The path is a memfd where the system has one, so that nothing is written to a disk. Elsewhere (macOS) it is
     a file of mode 0600 in a directory of mode 0700, emptied after every use and removed on `close`.
-    For one process and one thread: a forked child would overwrite its parent's path.
+    For one process: a forked child would overwrite its parent's path. Its threads take turns: one may still open the
+    sum of a round that was given up while another protects the next vector.
     """
 
     def __init__(self, *, force_file: bool = False) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._pid = os.getpid()
+        self._pid, self._busy = os.getpid(), threading.Lock()
         if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir() and not force_file:
             self._fd = os.memfd_create("fedcore", os.MFD_CLOEXEC)
             self._path = f"/proc/self/fd/{self._fd}"
@@ -112,21 +117,23 @@ class Courier:
         from backports import zstd
 
         self._refuse_forked()
-        try:
-            seal_object.save(self._path)
-            saved = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
-        finally:
-            os.ftruncate(self._fd, 0)
+        with self._busy:
+            try:
+                seal_object.save(self._path)
+                saved = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+            finally:
+                os.ftruncate(self._fd, 0)
         return zstd.ZstdDecompressor().decompress(saved[_SEAL_HEADER_SIZE:])
 
     def give(self, seal_object: Any, context: Any, body: bytes) -> Any:
         """Load an uncompressed stream into `seal_object`; SEAL validates it against `context`."""
         self._refuse_forked()
-        try:
-            os.pwrite(self._fd, _seal_header(_SEAL_HEADER_SIZE + len(body)) + body, 0)
-            seal_object.load(context, self._path)
-        finally:
-            os.ftruncate(self._fd, 0)
+        with self._busy:
+            try:
+                os.pwrite(self._fd, _seal_header(_SEAL_HEADER_SIZE + len(body)) + body, 0)
+                seal_object.load(context, self._path)
+            finally:
+                os.ftruncate(self._fd, 0)
         return seal_object
 
     def _refuse_forked(self) -> None:
@@ -340,6 +347,16 @@ class EncryptedSealer:
     def __init__(self, secret: SecretContext, courier: Courier | None = None) -> None:
         self._secret, self._public = secret, secret.public
         self._courier = courier or Courier()
+        self._zero = self._public.api.Plaintext("0")
+        self._ahead: list[tuple[Words, bytes]] = []
+        """Encryptions of zero that no vector was added to yet."""
+
+    def prepare(self, slots: int, most: int = MOST_AHEAD) -> None:
+        """Encrypt zeros for a vector of so many slots, `most` ciphertexts in all, while nothing else is to be done:
+        `protect` adds the slots to them. Each is used for one ciphertext of one vector."""
+        blocks = min(_blocks(self._public.ring, slots), most)
+        while len(self._ahead) < blocks:
+            self._ahead.append(self._encrypted_zero())
 
     def protect(self, slots: Slots) -> Iterator[bytes]:
         """(s,) uint64 below 2^slot_bits, s a multiple of N, to chunks of up to 64 ciphertexts."""
@@ -348,12 +365,16 @@ class EncryptedSealer:
             words = np.empty((count, degree), dtype=np.uint64)
             seeds = []
             for row in range(count):
-                start = (first + row) * degree
-                plain = _plaintext(self._courier, self._public, slots[start : start + degree])
-                body = self._courier.take(self._secret.encryptor.encrypt_symmetric(plain))
-                words[row] = _words_of(self._public, _SEEDED, body)
-                seeds.append(body[-_SEED_BYTES:])
-            yield _write_chunk(self._public, _SEEDED, first, seeds, words.reshape(-1))
+                words[row], seed = self._ahead.pop() if self._ahead else self._encrypted_zero()
+                seeds.append(seed)
+            flat = words.reshape(-1)
+            _add_scaled(self._public, flat, slots[first * degree : (first + count) * degree])
+            yield _write_chunk(self._public, _SEEDED, first, seeds, flat)
+
+    def _encrypted_zero(self) -> tuple[Words, bytes]:
+        """The words of the first polynomial, and the seed of the second, of a fresh encryption of zero."""
+        body = self._courier.take(self._secret.encryptor.encrypt_symmetric(self._zero))
+        return _words_of(self._public, _SEEDED, body), body[-_SEED_BYTES:]
 
     def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
         total = np.zeros(slots, dtype=np.uint64)
@@ -378,6 +399,22 @@ class EncryptedSealer:
         count = plain.coeff_count()
         if count:
             out[:count] = np.frombuffer(self._courier.take(plain), "<u8")[-count:]
+
+
+def _add_scaled(public: PublicContext, words: Words, slots: Slots) -> None:
+    """Add plaintexts to the words of encryptions of zero, in place: round(q m / t) mod q, as SEAL's encryption does.
+
+    (s,) uint64 each. With q = 2^B - c and t = 2^b, floor((q m + t/2) / t) is 2^(B-b) m less floor((c m + t/2 - 1) / t);
+    c m may have more than 64 bits, so it is shifted in two parts.
+    """
+    ring, bits = public.ring, public.slot_bits
+    short = np.uint64((1 << ring.modulus_bits) - ring.modulus)
+    high = slots >> np.uint64(16)
+    low = (slots & np.uint64(0xFFFF)) * short + np.uint64((1 << bits >> 1) - 1)
+    part = min(bits, 16)  # below 16 bits there is no high part
+    less = (high * short + (low >> np.uint64(part))) >> np.uint64(bits - part)
+    words += (slots << np.uint64(ring.modulus_bits - bits)) - less
+    np.subtract(words, np.uint64(ring.modulus), out=words, where=words >= ring.modulus)
 
 
 def _plaintext(courier: Courier, public: PublicContext, coefficients: Slots) -> Any:

@@ -174,6 +174,61 @@ def test_a_vector_that_is_not_whole_blocks_is_refused_rather_than_cut():
             EncryptedFold(public, slots)
 
 
+# ------------------------------------------------------------------------- encryptions made ahead
+
+
+@pytest.mark.parametrize(
+    ("ring", "slot_bits"),
+    [(SMALL, bits) for bits in (1, 2, 16, 17, 40, 46)]
+    + [(LARGE, bits) for bits in (1, 16, 52, 59)],
+)
+def test_a_plaintext_is_added_to_an_encryption_of_zero_as_seal_adds_it(ring, slot_bits):
+    """Word by word what SEAL makes of the same encryption, for the least, the largest and random plaintexts."""
+    public, t = PublicContext(ring, slot_bits), 1 << slot_bits
+    sealer, courier = EncryptedSealer(SecretContext(public)), Courier()
+    slots = np.random.default_rng(7).integers(0, t, ring.degree, dtype=np.uint64)
+    slots[:4] = (0, t - 1, t >> 1, 1)
+    words, seed = sealer._encrypted_zero()
+    tail = words.astype("<u8").tobytes() + bfv._seal_header(81) + seed
+    ciphertext = bfv._load(courier, public, SEEDED, tail)
+    plain = bfv._plaintext(courier, public, slots)
+    public.api.Evaluator(public.seal).add_plain_inplace(ciphertext, plain)
+    expected = bfv._words_of(public, FULL, courier.take(ciphertext))[: ring.degree]
+    ours = words.copy()
+    bfv._add_scaled(public, ours, slots)
+    assert ours.tolist() == expected.tolist()
+    assert words.tolist() != expected.tolist()
+
+
+def test_what_was_encrypted_ahead_is_used_for_one_ciphertext_and_sums_stay_exact():
+    public = PublicContext(SMALL, 40)
+    sealer, made = EncryptedSealer(SecretContext(public)), []
+    honest = sealer._encrypted_zero
+
+    def counted():
+        made.append(honest())
+        return made[-1]
+
+    sealer._encrypted_zero = counted
+    sealer.prepare(3 * 2048)
+    sealer.prepare(3 * 2048)
+    assert len(made) == 3, "no more than one vector needs"
+    rows = np.random.default_rng(8).integers(0, 2**38, (2, 3 * 2048), dtype=np.uint64)
+    first = list(sealer.protect(rows[0]))
+    assert len(made) == 3, "none was made while the vector was protected"
+    second = list(sealer.protect(rows[1]))
+    assert len(made) == 6, "none is used again"
+    assert len({seed for _, seed in made}) == 6
+    opened = sealer.open(fold_of(public, 3 * 2048, [first, second]).total(), 3 * 2048)
+    assert (opened == rows.sum(axis=0)).all()
+
+
+def test_no_more_is_encrypted_ahead_than_fits_the_memory_set_aside():
+    sealer = EncryptedSealer(SecretContext(PublicContext(SMALL, 40)))
+    sealer.prepare(5 * 2048, most=2)
+    assert len(sealer._ahead) == 2
+
+
 # --------------------------------------------------------------- masks taken off an encrypted sum
 
 
