@@ -338,6 +338,7 @@ class JobRunner:
                     context.audit.record("exposed", job=self.id, **about)
                     with flushed_beside(context.audit.sync):
                         context.ledger.exposed(entry)
+                self._background(work.prepare_next(header))
             case effects.EnterRelease(certificate):
                 context.ledger.certified(certificate.header.digest.hex(), certificate.hash)
             case effects.AdoptState(name, data):

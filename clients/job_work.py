@@ -7,7 +7,7 @@ the round still needs them.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from fedcore_clients.audited import file_event, message_facts
 from fedcore_clients.channel import Offline
+from fedcore_clients.chunk_stream import EachChunk, read_on_the_way
 from fedcore_clients.context import Contributor, SiteContext
 from fedcore_clients.offers import About, is_approved, job_of
 from fedcore_clients.policy import PolicySection
@@ -45,6 +46,7 @@ from fedcore.secagg.scheme import EpochSecrets
 from fedcore.store import container
 from fedcore.store.spool import Stored
 from fedcore.types import Contribution, SiteId
+from fedcore.wire import frames
 from fedcore.wire.limits import INLINE
 
 LOG = logging.getLogger("fedcore.site.job")
@@ -274,6 +276,10 @@ class JobWork:
         while self._parts.rounds.awaits_upload(submit.header):
             with contextlib.suppress(Offline):
                 await self.link.upload(self.id, submit.header, submit.digest, source)
+                if (
+                    2 * submit.size > INLINE
+                ):  # a sum is at most twice as long; a small one comes unasked
+                    self.link.expect_sum(self.id, submit.header)
                 self.link.doing(self.id, "waiting")
                 return
             await self._session_or_pause()
@@ -294,32 +300,49 @@ class JobWork:
                 await self.online.wait()
         await asyncio.sleep(0.05)
 
-    async def fetch(self, what: str, digest: bytes, wanted: Callable[[], bool]) -> list[bytes]:
-        """The chunks of a sum or checkpoint. Raises Offline when it is not wanted any more."""
+    async def fetch(
+        self, what: str, digest: bytes, wanted: Callable[[], bool], each: EachChunk, of: bytes = b""
+    ) -> None:
+        """Pass the chunks of a sum or checkpoint to `each` as they come, with their places; what comes again after a
+        break is passed again. of: h of the round of a sum. Raises Offline when it is not wanted any more."""
         while wanted():
             chunks = self.inline.pop(digest, None)
             if chunks is not None:
-                return chunks
+                for place, chunk in enumerate(chunks):
+                    each(place, chunk)
+                return
             with contextlib.suppress(Offline):
-                return await self.link.download(self.id, what, digest)
+                await self.link.download(self.id, what, digest, each, of)
+                return
             await self._session_or_pause()
         raise Offline
 
+    async def _opened(self, asked: effects.OpenSum, opened: Callable[[Iterable[bytes]], T]) -> T:
+        """A sum that came inside the session is opened at once, another one chunk by chunk while it comes."""
+        chunks, header = self.inline.pop(asked.digest, None), asked.header.digest
+        if chunks is not None:
+            self.link.doing(self.id, "opening")
+            return await self._beside(partial(opened, chunks))
+        self.link.doing(self.id, "downloading")
+        wanted = partial(self._parts.rounds.awaits_sum, header)
+
+        async def download(each: EachChunk) -> None:
+            await self.fetch(frames.SUM, asked.digest, wanted, each, header)
+            self.link.doing(self.id, "opening")
+
+        return await read_on_the_way(download, opened)
+
     async def open_sum(self, asked: effects.OpenSum) -> events.SiteEvent:
         """Download, open and check a sum, and write a large state that it leads to: unused until certified."""
-        rounds, header = self._parts.rounds, asked.header.digest
+        header = asked.header.digest
         try:
-            if asked.digest not in self.inline:
-                self.link.doing(self.id, "downloading")
-            chunks = await self.fetch("sum", asked.digest, lambda: rounds.awaits_sum(header))
-            self.link.doing(self.id, "opening")
-            work, marks = self.round_work(), rounds.own_marks(asked.header)
+            work, marks = self.round_work(), self._parts.rounds.own_marks(asked.header)
 
-            def opened() -> events.CheckedSum:
+            def opened(chunks: Iterable[bytes]) -> events.CheckedSum:
                 found = work.open(asked, chunks, marks)
                 return replace(found, data=self._kept_candidate(found.certificate, found.state))
 
-            return await self._beside(opened)
+            return await self._opened(asked, opened)
         except Offline:  # the others certified it, and it was removed: catch up
             return events.SumGone(header)
         except (StoreProblem, OSError):
@@ -334,6 +357,12 @@ class JobWork:
             return data
         self.files.write(self.files.candidate(name), data)
         return b""
+
+    async def prepare_next(self, header: RoundHeader) -> None:
+        """While the others' answers and the sum come, do what the next vector needs, whatever it holds: of a large one
+        the encryptions are most of the work."""
+        if self._parts.agreed.plan.parameters > FEW:
+            await asyncio.to_thread(self.round_work().prepare, header)
 
     async def track(self, asked: effects.Track) -> events.SiteEvent | None:
         """Evaluate a release, and write the row."""
@@ -378,10 +407,12 @@ class JobWork:
         """Download the state of a release that this site missed, and check it against the certificate."""
         certificate, wanted = asked.certificate, self._parts.catch_up.wants
         try:
-            chunks = await self.fetch("checkpoint", asked.digest, lambda: wanted(certificate))
+            parts: dict[int, bytes] = {}
+            still = partial(wanted, certificate)
+            await self.fetch(frames.CHECKPOINT, asked.digest, still, parts.__setitem__)
             secrets = self._parts.keys.secrets
             assert isinstance(secrets, EpochSecrets)
-            data = secrets.open_state(b"".join(chunks), certificate)
+            data = secrets.open_state(b"".join(parts.values()), certificate)
             # The certificate may be of an earlier key epoch: its G comes with the state. Another G and state with
             # the certified HMAC cannot be found.
             group = GroupSecret.from_bytes(data[:GROUP_SECRET_BYTES], sender="checkpoint")

@@ -4,7 +4,7 @@ Nothing is read or written here, so that it can run in a thread.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fedcore.learning.state import JobState, without_metrics
@@ -18,7 +18,7 @@ from fedcore.secagg.protocol.job.site.participation import Agreed
 from fedcore.secagg.protocol.job.site.states import led_to
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.schedule import PlannedRound
-from fedcore.secagg.scheme import EpochSecrets, check_announced, layout_of
+from fedcore.secagg.scheme import EpochSecrets, announced, layout_of
 from fedcore.types import Contribution, SiteId
 
 LOG = logging.getLogger("fedcore.site.job")
@@ -52,6 +52,10 @@ class RoundWork:
         )
         return found[0], without_metrics(plan, found[1])
 
+    def prepare(self, header: RoundHeader) -> None:
+        """Do now what the next vector like that of this round needs, whatever it holds."""
+        self.secrets.prepare(self.layout(header).slots)
+
     def protect(
         self, asked: effects.MakeVector, found: Contribution
     ) -> tuple[list[bytes], bytes, Mapping[str, int]]:
@@ -64,13 +68,13 @@ class RoundWork:
         return chunks, salt, layout.own_marks(found[1])
 
     def open(
-        self, asked: effects.OpenSum, chunks: list[bytes], marks: Mapping[str, int]
+        self, asked: effects.OpenSum, chunks: Iterable[bytes], marks: Mapping[str, int]
     ) -> CheckedSum:
-        """Open a sum, check it, and find the state that it leads to, without its bytes. marks: this site's own.
+        """Open a sum, check it, and find the state that it leads to, without its bytes. chunks: they may come while
+        those before them are decrypted; marks: this site's own.
         Raises ReleaseRefused, TagRefused, ChunkRefused, ImpossibleSum, and Refused for too few sites."""
-        check_announced(chunks, asked)
         header, layout = asked.header, self.layout(asked.header)
-        total, opened = self.secrets.open(chunks, layout, asked)
+        total, opened = self.secrets.open(announced(chunks, asked), layout, asked)
         layout.check_own(opened, marks, header.place(self.site))
         state = self.state.after(
             self.agreed.plan, PlannedRound(header.purpose, header.training_round), opened, asked.survivors,

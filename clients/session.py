@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from fedcore_clients.channel import A, Offline, Q, call_unary, open_channel
+from fedcore_clients.chunk_stream import EachChunk
 from fedcore_clients.config import SiteConfig
 from fedcore_clients.leaving import Gate
 from fedcore_clients.rate import Pace
@@ -365,9 +366,15 @@ class Session:
             frames.SmallUpload(frames.UploadStart(job, header, digest, len(source)), source)
         )
 
-    async def download(self, job: str, what: str, digest: bytes) -> list[bytes]:
-        """The chunks of a sum or a checkpoint; the download that broke off last is resumed. Raises Offline."""
-        return await self._transfers.download(job, what, digest)
+    def expect_sum(self, job: str, header: bytes) -> None:
+        """Ask for the sum of a round before it exists, if there is a session."""
+        self._transfers.expect_sum(job, header)
+
+    async def download(
+        self, job: str, what: str, digest: bytes, each: EachChunk, of: bytes = b""
+    ) -> None:
+        """Pass the chunks of a sum or a checkpoint to `each` as they come: `Transfers.download`. Raises Offline."""
+        await self._transfers.download(job, what, digest, each, of)
 
     async def _inline(self, frame: frames.SmallUpload) -> None:
         waiting = asyncio.get_running_loop().create_future()

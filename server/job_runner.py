@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
+from fedcore_server.announced_sums import AnnouncedSums
 from fedcore_server.context import CoordinatorContext
 from fedcore_server.folding import JobSum
 from fedcore_server.job_disk import JobDisk
@@ -46,7 +47,7 @@ from fedcore.secagg.scheme import layout_of, vector_sizes
 from fedcore.store import container
 from fedcore.store.spool import Stored
 from fedcore.types import SiteId
-from fedcore.wire.frames import JobRoster
+from fedcore.wire.frames import SUM, JobRoster
 
 LOG = logging.getLogger("fedcore.coordinator.job")
 _BEGAN = "began"
@@ -137,6 +138,7 @@ class JobRunner:
         sealed = SealedModels(context.sealer)
         self.disk = JobDisk(context.journal, context.spool, self.directory, facts, sealed)
         self._sum = JobSum(context.pool, self.disk, context.retry_seconds)
+        self.announced = AnnouncedSums()
         self._plan = JobPlan(self.offer, roster.sites)
 
     @property
@@ -170,6 +172,7 @@ class JobRunner:
     def _restore(self) -> None:
         """Read the job from disk. Raises StoreProblem while the disk refuses."""
         restarted, disk = self.disk.load(), self.disk
+        self.announced.over()
         self.machine.restored(
             _kept(disk.checkpoint), _kept(disk.sum), self.moment(),
             model=disk.has_model, restarted=restarted, lost=disk.lost,
@@ -201,6 +204,11 @@ class JobRunner:
         """What a site of the job may download now."""
         found = self.disk.kept(what) if name in self.facts.sites else None
         return found if found is not None and found.digest == digest else None
+
+    def in_round(self, site: SiteId, header: bytes) -> bool:
+        """Whether the round with this header is under way, and the site in it."""
+        stage = self.facts.round
+        return stage is not None and stage.header.digest == header and site in stage.header.roster
 
     def doing(self, site: SiteId, what: str) -> None:
         """What a site reports to be doing."""
@@ -271,6 +279,7 @@ class JobRunner:
                 await self.handle(events.Advance())
                 self.on_change()
         finally:
+            self.announced.over()
             await self.mailbox.close()
             await self._sum.end()
 
@@ -355,18 +364,22 @@ class JobRunner:
             case effects.CloseRound(values):
                 self._record_release(values)
                 disk.close_round(values)
+                self.announced.over()
             case effects.EndJob(ended):
                 about = {"outcome": ended.outcome, "text": ended.text}
                 self.context.audit.record("ended", job=name, **about)
                 disk.end(ended)
+                self.announced.over()
                 self.machine.ended(ended)
                 LOG.info("job %s: %s %s", name, ended.outcome, ended.text)
             case Send(to=to, message=message):
                 self.links.say(SiteId(to), name, message)
             case effects.Push(to, what):
-                stored = disk.kept(what)
+                stored, under_way = disk.kept(what), self.facts.round
                 if stored is not None:
                     self.links.push(to, name, what, stored)
+                if what == SUM and under_way is not None:
+                    self.announced.announce(to, under_way.header.digest, stored)
             case effects.OpenFold(header):
                 plan = self.facts.plan
                 assert plan is not None

@@ -110,13 +110,20 @@ class Transfers:
         return await self._receipt(name, start, incoming, whole=incoming.complete)
 
     async def download(self, peer: Peer, start: frames.DownloadStart) -> AsyncIterator[bytes]:
-        """The serialised frames of a sum or a checkpoint, from an offset on."""
+        """The serialised frames of a sum or a checkpoint, from an offset on; none for the sum of a round that ends
+        without one."""
         found = self._hub.jobs.get(start.job)
         site = SiteId(peer.name)
-        stored = found.download(site, start.what, start.digest) if found is not None else None
+        waits = start.what == frames.SUM_OF_ROUND
+        if found is not None and waits and found.in_round(site, start.digest):
+            stored = await found.announced.wait(site, start.digest)
+            if stored is None:
+                return
+        else:
+            stored = found.download(site, start.what, start.digest) if found is not None else None
         if stored is None:
             raise BadInput("download: found no such sum or checkpoint here")
-        head = frames.DownloadHead(start.digest, stored.travels, start.offset)
+        head = frames.DownloadHead(stored.digest, stored.travels, start.offset)
         with stored.path.open("rb") as file:
             parts = chunks.download(head, file)
             while (part := await asyncio.to_thread(next, parts, None)) is not None:

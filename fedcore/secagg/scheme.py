@@ -8,7 +8,7 @@ Invariant: nothing of a sum is returned before its tag was checked against exact
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedcore.errors import ReleaseRefused
@@ -23,7 +23,7 @@ from fedcore.secagg.encode.pack import Layout, Opened
 from fedcore.secagg.plan import RoundHeader, RoundPlan
 from fedcore.secagg.protocol import effects, messages
 from fedcore.secagg.purposes import PURPOSES, purpose_of
-from fedcore.store.container import vector_digest
+from fedcore.store.container import VectorDigest
 from fedcore.types import SiteId, Slots
 
 Masks = tuple[tuple[bytes, int], ...]
@@ -51,6 +51,11 @@ class EpochSecrets:
         """The sum tag's share of this site, in place."""
         tag = SumTag(self.group, asked.header, asked.state_tag)
         layout.put_tag(slots, tag.tag(slots[: layout.tagged_slots], site))
+
+    def prepare(self, slots: int) -> None:
+        """Do now what a later vector of so many slots needs, and that depends neither on it nor on its round."""
+        if isinstance(self.sealer, bfv.EncryptedSealer):
+            self.sealer.prepare(slots)
 
     def protect(
         self,
@@ -140,11 +145,22 @@ def layout_of(plan: RoundPlan, features: int, purpose: str) -> Layout:
     return Layout(purpose_of(purpose).vector(plan, features), plan.packing, len(plan.sites))
 
 
-def check_announced(chunks: Sequence[bytes], asked: effects.OpenSum) -> None:
-    """Raise ReleaseRefused for other bytes than the coordinator announced."""
-    if vector_digest(chunks) != asked.digest:
+def announced(chunks: Iterable[bytes], asked: effects.OpenSum) -> Iterator[bytes]:
+    """The chunks of a sum, as they come. Raises ReleaseRefused behind the last one for other bytes than the coordinator
+    announced: whoever reads to the end uses nothing of another sum."""
+    digest = VectorDigest()
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+    if digest.digest() != asked.digest:
         other = "other bytes than announced"
         raise ReleaseRefused("sum", other, "the announced digest", messages.COORDINATOR)
+
+
+def check_announced(chunks: Sequence[bytes], asked: effects.OpenSum) -> None:
+    """Raise ReleaseRefused for other bytes than the coordinator announced."""
+    for _ in announced(chunks, asked):
+        pass
 
 
 class Scheme:

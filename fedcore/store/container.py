@@ -34,9 +34,27 @@ class Vector:
     chunks: int
 
 
-def vector_digest(chunks: Iterable[bytes]) -> bytes:
+class VectorDigest:
     """The 32-byte digest that a site signs of its vector: SHA-256 over the SHA-256 of every chunk, in order."""
-    return hashlib.sha256(b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)).digest()
+
+    def __init__(self) -> None:
+        self._hashes = hashlib.sha256()
+
+    def update(self, chunk: bytes) -> None:
+        """The next chunk."""
+        self._hashes.update(hashlib.sha256(chunk).digest())
+
+    def digest(self) -> bytes:
+        """Of the chunks so far."""
+        return self._hashes.digest()
+
+
+def vector_digest(chunks: Iterable[bytes]) -> bytes:
+    """The `VectorDigest` of these chunks."""
+    found = VectorDigest()
+    for chunk in chunks:
+        found.update(chunk)
+    return found.digest()
 
 
 def overhead(chunks: int) -> int:
@@ -60,8 +78,44 @@ def from_bytes(data: bytes) -> list[bytes]:
         found.append(data[at : at + size])
         at += size
     if at != len(data) or sum(map(len, found)) + overhead(count) != len(data):
-        raise BadInput("vector: found bytes that are no chunk container")
+        raise _no_container()
     return found
+
+
+class ChunkReader:
+    """The chunks of a container whose bytes come in parts of any length."""
+
+    def __init__(self) -> None:
+        self._data, self._left = bytearray(), -1
+
+    def take(self, part: bytes) -> list[bytes]:
+        """The chunks that are whole with this part, in order. Raises BadInput for what is no container."""
+        self._data += part
+        at, found = 0, []
+        if self._left < 0 and len(self._data) >= _NUMBER.size:
+            self._left, at = int.from_bytes(self._data[: _NUMBER.size], "big"), _NUMBER.size
+        while self._left > 0 and len(self._data) >= at + _NUMBER.size:
+            size = int.from_bytes(self._data[at : at + _NUMBER.size], "big")
+            if size > MAX_CHUNK:
+                raise _no_container()
+            end = at + _NUMBER.size + size
+            if len(self._data) < end:
+                break
+            found.append(bytes(self._data[at + _NUMBER.size : end]))
+            at, self._left = end, self._left - 1
+        del self._data[:at]
+        if not self._left and self._data:
+            raise _no_container()
+        return found
+
+    def end(self) -> None:
+        """Raise BadInput where chunks are missing."""
+        if self._left:
+            raise _no_container()
+
+
+def _no_container() -> BadInput:
+    return BadInput("vector: found bytes that are no chunk container")
 
 
 def write(
@@ -73,12 +127,12 @@ def write(
     """
     reserve(_NUMBER.size)
     file.write(_NUMBER.pack(0))
-    hashes, size, count = hashlib.sha256(), 0, 0
+    hashes, size, count = VectorDigest(), 0, 0
     for chunk in chunks:
         reserve(_NUMBER.size + len(chunk))
         file.write(_NUMBER.pack(len(chunk)))
         file.write(chunk)
-        hashes.update(hashlib.sha256(chunk).digest())
+        hashes.update(chunk)
         size, count = size + len(chunk), count + 1
     file.seek(0)
     file.write(_NUMBER.pack(count))

@@ -61,7 +61,8 @@ ROSTER_WORDS = {
 ROSTER_TAKEN = ("approved", "waiting")
 """Those of `ROSTER_WORDS` that are no refusal."""
 
-WHAT = ("sum", "checkpoint")
+SUM, CHECKPOINT, SUM_OF_ROUND = "sum", "checkpoint", "sum of round"
+WHAT = (SUM, CHECKPOINT, SUM_OF_ROUND)
 """What a site may download."""
 
 Version = Annotated[int, limits.within(WIRE_VERSION, WIRE_VERSION)]
@@ -284,7 +285,11 @@ class UploadReceipt:
 
 @dataclass(frozen=True)
 class DownloadStart:
-    """A site asks for the sum or checkpoint with this digest, from `offset` on."""
+    """A site asks for the sum or checkpoint with this digest, from `offset` on.
+
+    what: with "sum of round" the digest is h, of the round under way: the answer begins with the announcement of its
+    sum, and is empty where the round ends without one.
+    """
 
     job: limits.Id
     what: Annotated[str, limits.one_of(WHAT)]
