@@ -295,6 +295,31 @@ def compare(
     _show_result(found.result, found.directory, as_json)
 
 
+@job_command(app, "task protection attack preset seed")
+def attack(
+    settings: Settings,
+    job: JobFile = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option("--attack", help="One attack, repeatable; default: all (docs/attacks.md)."),
+    ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="quick (default) or full.")] = "quick",
+    as_json: AsJson = False,
+) -> None:
+    """Attack a job as each party sees it, in short recorded rounds. Under `plain`, too, as the control."""
+    _starting("attack", job, settings)
+    say("loading torch")
+    from fedcore.experiment.attacks.registry import run_attacks
+    from fedcore.experiment.prepare import job_for
+    from fedcore.report.attack_table import attack_summary
+
+    with reading_shown():
+        found = run_attacks(
+            *job_for(None, *_layers(job, settings)), attack or (), preset=preset, say=say
+        )
+    emit_or_show(found.to_json(), lambda _: attack_summary(found), as_json)
+
+
 def _settings_beside_resume(what: str) -> BadInput:
     return BadInput(
         "--resume: found other settings beside it, expected none",

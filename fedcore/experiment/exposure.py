@@ -55,25 +55,19 @@ def observe(
 
     trace: of that round. sealer: the other site's, which opens what the sites' shared key opens.
     """
-    layout, slots, own, total = trace.layout, trace.slots, trace.other_slots, trace.total
+    layout, slots = trace.layout, trace.slots
     assert layout is not None
     assert slots is not None
-    assert own is not None
-    assert total is not None
     size, sites = layout.spec.coordinates, len(trace.survivors)
-    fields, own_fields, sums = (layout.fields_of(each)[:size] for each in (slots, own, total))
-    update = _Update(fields, layout)
-    others, whole = (sums - own_fields) / (sites - 1), sums / sites
+    fields = layout.fields_of(slots)[:size]
+    update, under = _Update(fields, layout), held(trace, plan, sealer)
     under_plain = PlainSealer(plan.packing)
-    unprotected = under_plain.open(under_plain.protect(slots), layout.slots)
-    here = _uploads(trace, plan.packing, sealer, layout)
-
-    def parties(coordinator: Slots, both: Slots, has_sum: bool) -> dict[str, PartyView]:
-        return {
-            COORDINATOR: update.seen(coordinator, whole if has_sum else None),
-            SITE: update.seen(None, others),
-            BOTH: update.seen(both, others),
-        }
+    unprotected = layout.fields_of(under_plain.open(under_plain.protect(slots), layout.slots))
+    without = {
+        COORDINATOR: InHand(unprotected[:size], sum_of(trace) / sites),
+        SITE: under[SITE],
+        BOTH: InHand(unprotected[:size], under[BOTH].mean),
+    }
 
     return UpdateExposure(
         site=plan.sites[trace.target],
@@ -84,10 +78,47 @@ def observe(
         contributors=sites,
         chance=chance(size),
         strip=update.strip(fields),
-        own=correlation(fields, own_fields),
-        parties=parties(*here, not plan.layers.encrypts),
-        plain=parties(unprotected, unprotected, True),
+        own=correlation(fields, _fields(trace, trace.other_slots)),
+        parties={name: update.seen(view) for name, view in under.items()},
+        plain={name: update.seen(view) for name, view in without.items()},
     )
+
+
+@dataclass(frozen=True)
+class InHand:
+    """What one party has of the target's update, (d,) fields each: its upload as the party reads it, and the mean over
+    the sites whose sum it has, the target among them. None where it has nothing to read."""
+
+    upload: NDArray[np.uint64] | None
+    mean: NDArray[np.float64] | None
+
+
+def held(trace: RoundTrace, plan: RoundPlan, sealer: Sealer) -> dict[str, InHand]:
+    """{party: what it has} of a round that has ended; the arguments are those of `observe`."""
+    layout = trace.layout
+    assert layout is not None
+    sites, total = len(trace.survivors), sum_of(trace)
+    others = (total - _fields(trace, trace.other_slots)) / (sites - 1)
+    size = layout.spec.coordinates
+    coordinator, both = (
+        layout.fields_of(slots)[:size] for slots in _uploads(trace, plan.packing, sealer, layout)
+    )
+    return {
+        COORDINATOR: InHand(coordinator, None if plan.layers.encrypts else total / sites),
+        SITE: InHand(None, others),
+        BOTH: InHand(both, others),
+    }
+
+
+def sum_of(trace: RoundTrace) -> NDArray[np.uint64]:
+    """(d,) fields of the round's opened sum."""
+    return _fields(trace, trace.total)
+
+
+def _fields(trace: RoundTrace, slots: Slots | None) -> NDArray[np.uint64]:
+    assert trace.layout is not None
+    assert slots is not None
+    return trace.layout.fields_of(slots)[: trace.layout.spec.coordinates]
 
 
 def _uploads(
@@ -151,10 +182,9 @@ class _Update:
     fields: NDArray[np.uint64]
     layout: Layout
 
-    def seen(self, upload: Slots | None, rest: NDArray[Any] | None) -> PartyView:
+    def seen(self, view: InHand) -> PartyView:
         """One party's readings of the upload as it opens it, and of the sum."""
-        size = len(self.fields)
-        opened = None if upload is None else self.layout.fields_of(upload)[:size]
+        size, opened, rest = len(self.fields), view.upload, view.mean
         message, from_sum = self._reading(opened), self._reading(rest)
         tells = message is not None and (from_sum is None or tells_more_than_chance(message, size))
         best, values = (message, opened) if tells else (from_sum, rest)

@@ -1,0 +1,170 @@
+"""The rows of one site's step, from what each party reads as its gradient: analytically, and by a search."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from fedcore.experiment.attacks.intervals import share_interval
+from fedcore.experiment.attacks.likeness import CANDIDATES, Likeness
+from fedcore.experiment.attacks.scene import UPLOAD, GradientView, Scene, StepRound
+from fedcore.learning.gradient_matching import (
+    Inputs,
+    labels,
+    linear_inputs,
+    match,
+    why_no_inputs,
+)  # fmt: skip
+from fedcore.learning.model import FlatModel, single_thread
+from fedcore.results import AttackRow, Reconstruction
+from fedcore.seeds import derive_seed, generator
+
+Attempt = Callable[[FlatModel, GradientView, StepRound], Inputs]
+"""The rows that an adversary finds in a view of a round; the module holds the model that the round began with."""
+
+_NOT_SHOWN = (
+    "A failed attack is no proof: another adversary may do better. What the sum and the model tell is not changed by "
+    "encryption; differential privacy bounds it."
+)
+
+_MOST_ROWS = 8
+"""Rows that a search looks for at once, of a sum of more."""
+
+
+def analytic(scene: Scene) -> Iterator[AttackRow | Reconstruction]:
+    """Lines of the first layer's gradient divided by that of its bias."""
+    module = scene.prepared.flat.module
+    size = int(np.prod(scene.inputs.x.shape[1:]))
+    if reason := scene.why_no_step() or why_no_inputs(module, size):
+        yield _refused("analytic", scene, reason)
+        return
+
+    def attempt(flat: FlatModel, view: GradientView, _: StepRound) -> Inputs:
+        rows = min(view.rows, 4 * _MOST_ROWS)
+        return linear_inputs(flat.module, view.gradient, view.exact, rows, scene.span)
+
+    for batch in scene.effort.batches:
+        yield from _attacked("analytic", scene, batch, attempt, scene.effort.analytic_rows)
+
+
+def inversion(scene: Scene) -> Iterator[AttackRow | Reconstruction]:
+    """Inputs are searched whose gradient points where the view points."""
+    like, module = scene.inputs, scene.prepared.flat.module
+    shape = tuple(like.x.shape[1:])
+    reason = scene.why_no_step()
+    nothing = np.zeros(scene.prepared.plan.parameters)
+    if reason is None and (
+        like.labels() is None or labels(module, nothing, 1, shape, scene.span, seed=0) is None
+    ):
+        reason = (
+            "labels are read off the bias of a last linear layer of a classifier, and there is none"
+        )
+    if reason is not None:
+        yield _refused("inversion", scene, reason)
+        return
+
+    def attempt(flat: FlatModel, view: GradientView, _: StepRound) -> Inputs:
+        rows = min(view.rows, _MOST_ROWS)
+        seed = derive_seed(scene.seed, view.rows, "", "inversion")
+        classes = labels(flat.module, view.gradient, rows, shape, scene.span, seed=seed)
+        assert classes is not None
+        search, span = scene.effort.search, scene.span
+        return match(
+            scene.task,
+            flat.module,
+            view.gradient,
+            classes,
+            like,
+            scene.picture,
+            span,
+            search,
+            seed=seed,
+        )[0]
+
+    for batch in scene.effort.batches:
+        yield from _attacked("inversion", scene, batch, attempt, scene.effort.searched_rows)
+
+
+def _attacked(
+    name: str, scene: Scene, batch: int, attempt: Attempt, wanted: int
+) -> Iterator[AttackRow | Reconstruction]:
+    """A row for each view of a step on `batch` rows, under each protection; with a picture of each first row."""
+    rounds, width = max(1, wanted // batch), scene.span[1] - scene.span[0]
+    everything = _flat(scene.inputs.x.numpy())
+    flat, setting = scene.prepared.flat, f"batch {batch}"
+    made: dict[
+        bytes, np.ndarray
+    ] = {}  # two parties, or two protections, may give the same gradient
+    for protection in scene.protections:
+        scores: dict[tuple[str, str], Likeness] = defaultdict(Likeness)
+        pictures: list[Reconstruction] = []
+        for number, step in enumerate(scene.steps(protection, batch, rounds)):
+            truth = _flat(step.rows.x.numpy())
+            known = {row.tobytes() for row in truth}
+            others = everything[[row.tobytes() not in known for row in everything]]
+            for view in step.views:
+                if (key := view.gradient.tobytes()) not in made:
+                    flat.write(step.start)
+                    with single_thread():
+                        made[key] = _flat(attempt(flat, view, step))
+                guesses = made[key]
+                rng = generator(scene.seed, number, view.party, f"likeness {view.source}")
+                score = scores[view.party, view.source]
+                before = len(score.psnr)
+                pairs = score.add(guesses, truth, others, scene.picture, width, rng)
+                if scene.picture is not None and number < 2:
+                    for place, (row, guess) in enumerate(pairs):
+                        pictures.append(
+                            Reconstruction(
+                                name, view.party, view.source, protection, setting, scene.picture,
+                                scene.pixels(truth[row]), scene.pixels(guesses[guess]),
+                                round(score.psnr[before + place], 2),
+                            )
+                        )  # fmt: skip
+        for (party, source), score in scores.items():
+            yield _row(name, party, source, protection, setting, score)
+        yield from pictures
+
+
+def _row(
+    name: str, party: str, source: str, protection: str, setting: str, score: Likeness
+) -> AttackRow:
+    rows, hits = len(score.psnr), sum(score.identified)
+    mean, chance = float(np.mean(score.psnr)), score.chance
+    beyond = bool(mean > chance.max())
+    what = "one site's upload" if source == UPLOAD else "a sum of sites"
+    shows = (
+        f"{hits} of {rows} rows can be told from {CANDIDATES - 1} others by what {_who(party)} can make of {what}."
+        if beyond
+        else f"What {_who(party)} can make of {what} is no closer to the rows than to other rows of the task."
+    )
+    low, high = share_interval(hits, rows)
+    return AttackRow(
+        name, party, source, protection, setting, rows, f"identified among {CANDIDATES}",
+        hits / rows, low, high, float(np.mean(score.null_identified)), beyond,
+        {
+            "psnr_db": mean,
+            "psnr_lowest_db": min(score.psnr),
+            "psnr_highest_db": max(score.psnr),
+            "chance_psnr_db": float(chance.mean()),
+            "chance_psnr_highest_db": float(chance.max()),
+            "ssim": float(np.mean(score.ssim)) if score.ssim else None,
+        },
+        shows, _NOT_SHOWN,
+    )  # fmt: skip
+
+
+def _who(party: str) -> str:
+    return "the coordinator" if party == "coordinator" else party
+
+
+def _refused(name: str, scene: Scene, reason: str) -> AttackRow:
+    own = scene.job.protect.protection
+    return AttackRow(name, "coordinator", UPLOAD, own, "", 0, "identified", refused=reason)
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    return x.reshape(len(x), math.prod(x.shape[1:])).astype(np.float64)

@@ -1,0 +1,62 @@
+"""The attacks by name, and a run of some of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fedcore.config import Job
+from fedcore.errors import UnknownName, require_extra
+from fedcore.experiment.attacks import reconstruction
+from fedcore.experiment.attacks.scene import PRESETS, Scene
+from fedcore.learning.task import Task
+from fedcore.results import AttackResult, AttackRow, Reconstruction
+
+Found = AttackRow | Reconstruction
+
+
+@dataclass(frozen=True)
+class Attack:
+    """about: one line. run: its rows, and pictures, on a scene."""
+
+    about: str
+    run: Callable[[Scene], Iterable[Found]]
+
+
+ATTACKS: dict[str, Attack] = {
+    "analytic": Attack("rows from the first linear layer's gradient", reconstruction.analytic),
+    "inversion": Attack("rows by a search for the same gradient", reconstruction.inversion),
+}
+"""A new attack is a function in a file of this folder and a line here."""
+
+
+def run_attacks(
+    task: Task, job: Job, names: Sequence[str] = (), *, preset: str = "quick",
+    say: Callable[[str], None] = lambda _: None,
+) -> AttackResult:  # fmt: skip
+    """The rows of the named attacks, of all where none is named. Raises UnknownName for another name or preset,
+    BadInput for a job that cannot run or rows that are no arrays."""
+    require_extra("attack", "report", "scipy")
+    for name in names:
+        if name not in ATTACKS:
+            raise UnknownName("--attack", name, ATTACKS)
+    if preset not in PRESETS:
+        raise UnknownName("--preset", preset, PRESETS)
+    started = time.perf_counter()
+    scene = Scene(task, job, PRESETS[preset])
+    found = list(_found(scene, [n for n in ATTACKS if n in names] or list(ATTACKS), say))
+    plan = scene.prepared.plan
+    return AttackResult(
+        task.name, plan.task_digest, plan.protection, scene.prepared.label,
+        tuple(plan.sites), job.run.seed, preset,
+        tuple(each for each in found if isinstance(each, AttackRow)),
+        tuple(each for each in found if isinstance(each, Reconstruction)),
+        round(time.perf_counter() - started, 1),
+    )  # fmt: skip
+
+
+def _found(scene: Scene, names: Sequence[str], say: Callable[[str], None]) -> Iterator[Found]:
+    for name in names:
+        say(f"{name}: {ATTACKS[name].about}")
+        yield from ATTACKS[name].run(scene)

@@ -1,0 +1,219 @@
+"""`fedcore attack`: rows from gradients, as each party of a real recorded round sees them.
+
+The control of every "nothing" is the same attack on the same rounds where nothing is hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from support.small_tasks import tiny
+
+from fedcore.cli import main as commands
+from fedcore.errors import UnknownName
+from fedcore.experiment.attacks.intervals import least_non_members, share_interval
+from fedcore.experiment.attacks.likeness import MOST_PSNR, Likeness, similarity
+from fedcore.experiment.attacks.reconstruction import inversion
+from fedcore.experiment.attacks.registry import run_attacks
+from fedcore.experiment.attacks.scene import Effort, Scene
+from fedcore.experiment.prepare import job_for
+from fedcore.learning import gradient_matching
+from fedcore.learning.gradient_matching import Search
+from fedcore.results import AttackResult
+
+
+@cache
+def attacked(name, protection):
+    return run_attacks(*job_for(None, {"task": "digits", "protect.protection": protection}), [name])
+
+
+def row(found, protection, party, view="the upload", batch=1):
+    (one,) = [
+        each
+        for each in found.rows
+        if (each.protection, each.party, each.view, each.setting)
+        == (protection, party, view, f"batch {batch}")
+    ]
+    return one
+
+
+# ------------------------------------------------------------------------------------ from real rounds
+
+
+def test_under_plain_the_coordinator_reads_a_single_row_nearly_exactly():
+    found = row(attacked("analytic", "layered"), "plain", "coordinator")
+    assert found.value == 1.0
+    assert found.samples == 16
+    assert found.low > 0.75
+    assert found.more["psnr_lowest_db"] > 30
+    assert found.more["ssim"] > 0.95
+    assert found.beyond_chance
+
+
+def test_of_four_rows_some_are_read_under_plain():
+    found = row(attacked("analytic", "layered"), "plain", "coordinator", batch=4)
+    assert found.beyond_chance
+    assert 0.0 < found.value < 1.0
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("party", ["coordinator", "both together"])
+def test_under_layered_the_upload_is_chance(party, batch):
+    """Keys are new each time: `beyond_chance` is wrong once in a thousand runs, 1 dB more is beyond all."""
+    found = row(attacked("analytic", "layered"), "layered", party, batch=batch)
+    assert found.more["psnr_db"] < found.more["chance_psnr_highest_db"] + 1
+    assert found.value < 0.5
+
+
+def test_under_encrypted_the_coordinator_needs_one_site_to_read_it():
+    found = attacked("analytic", "encrypted")
+    alone = row(found, "encrypted", "coordinator")
+    assert alone.more["psnr_db"] < alone.more["chance_psnr_highest_db"] + 1
+    assert row(found, "encrypted", "both together").value == 1.0
+
+
+def test_a_sum_of_few_rows_is_a_batch_of_few_rows_to_whoever_has_it():
+    found = attacked("analytic", "layered")
+    layered, plain = (row(found, each, "another site", "the sum") for each in ("layered", "plain"))
+    assert (
+        layered.value == plain.value > 0.0
+    )  # the sum is exact, so encryption changes nothing of it
+    assert layered.more == plain.more
+
+
+def test_a_search_finds_a_single_row_under_plain_and_nothing_under_layered():
+    job = job_for(None, {"task": "digits", "protect.protection": "layered"})
+    effort = Effort((1,), searched_rows=4, search=Search(steps=80, starts=1))
+    found = SimpleNamespace(rows=[r for r in inversion(Scene(*job, effort)) if "chance" in r])
+    plain, hidden = (row(found, each, "coordinator") for each in ("plain", "layered"))
+    assert plain.beyond_chance
+    assert plain.value == 1.0
+    assert plain.more["psnr_db"] > 20
+    assert hidden.more["psnr_db"] < 12
+
+
+def test_pictures_are_the_task_s_rows_beside_their_reconstructions():
+    found = attacked("analytic", "layered")
+    ours = [
+        each
+        for each in found.reconstructions
+        if (each.protection, each.party, each.view) == ("plain", "coordinator", "the upload")
+    ]
+    assert ours
+    assert all(p.shape == (8, 8) and len(p.original) == len(p.reconstructed) == 64 for p in ours)
+    single = [p for p in ours if p.setting == "batch 1"]
+    assert all(np.abs(np.subtract(p.original, p.reconstructed)).max() <= 1 for p in single)
+
+
+def test_the_result_is_the_same_again_and_survives_json():
+    found = attacked("analytic", "layered")
+    again = AttackResult.from_json(json.loads(json.dumps(found.to_json())))
+    assert again.rows == found.rows
+    assert all(r.samples > 0 and r.low <= r.value <= r.high and r.not_shown for r in found.rows)
+
+
+# ------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("more", "settings", "reason"),
+    [
+        ({}, {"train.optimiser": "adam"}, "not a multiple of the gradient"),
+        ({"train": lambda model, rows, fit: None}, {}, "loops of its own"),
+    ],
+)
+def test_a_job_whose_updates_are_no_gradients_has_a_row_with_the_reason(more, settings, reason):
+    found = run_attacks(*job_for(tiny(**more), settings), ["analytic", "inversion"])
+    assert [each.value for each in found.rows] == [None, None]
+    assert all(reason in each.refused for each in found.rows)
+
+
+def test_a_model_that_begins_with_another_layer_has_a_row_with_the_reason():
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+    )
+    assert "found Conv2d" in gradient_matching.why_no_inputs(module, 64)
+    assert gradient_matching.why_no_inputs(torch.nn.Linear(64, 2), 64) is None
+    assert "found Linear" in gradient_matching.why_no_inputs(torch.nn.Linear(64, 2, bias=False), 64)
+
+
+def test_an_attack_of_another_name_is_refused():
+    with pytest.raises(UnknownName, match="analytic"):
+        run_attacks(*job_for(tiny(), {}), ["analitic"])
+
+
+def test_the_command_prints_one_json_document(capsys):
+    call = ["attack", "--task", "heart", "--protection", "masked", "--attack", "analytic", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        commands.main(call)
+    assert ended.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["protection"] == "masked"
+    assert {each["protection"] for each in found["rows"]} == {"plain", "masked"}
+    assert found["label"].startswith("Protects against: the coordinator")
+
+
+# ------------------------------------------------------------------------------------ how it is counted
+
+
+def test_reconstructions_are_assigned_before_they_are_scored():
+    rng = np.random.default_rng(0)
+    truth, others = rng.random((4, 64)), rng.random((200, 64))
+    score = Likeness()
+    pairs = score.add(truth[[2, 0, 3, 1]], truth, others, (8, 8), 1.0, rng)
+    assert dict(pairs) == {2: 0, 0: 1, 3: 2, 1: 3}
+    assert score.psnr == [MOST_PSNR] * 4
+    assert score.identified == [True] * 4
+    assert score.ssim == pytest.approx([1.0] * 4)
+
+
+def test_random_guesses_are_beyond_chance_as_rarely_as_said():
+    """200 adversaries without information: about one in a thousand is above all 999 draws."""
+    rng, beyond = np.random.default_rng(1), 0
+    others = rng.random((1500, 16))
+    for _ in range(200):
+        score = Likeness()
+        score.add(rng.random((1, 16)), rng.random((1, 16)), others, None, 1.0, rng)
+        beyond += np.mean(score.psnr) > score.chance.max()
+    assert beyond <= 2  # more has a probability of 1e-3, and the draws are the same each time
+
+
+def test_too_few_guesses_are_filled_with_what_needs_no_view():
+    rng = np.random.default_rng(2)
+    truth, others = rng.random((3, 16)), rng.random((200, 16))
+    score = Likeness()
+    assert [row for row, _ in score.add(truth[:1], truth, others, None, 1.0, rng)] == [0]
+    assert len(score.psnr) == 3
+    assert sum(score.identified) == 1
+
+
+def test_similarity_falls_with_noise_and_is_one_for_equal_pictures():
+    rng = np.random.default_rng(3)
+    picture = rng.random(28 * 28)
+    noisy = [
+        similarity(picture, picture + s * rng.normal(size=784), (28, 28), 1.0)
+        for s in (0, 0.1, 0.5)
+    ]
+    assert noisy[0] == pytest.approx(1.0)
+    assert noisy[0] > noisy[1] > noisy[2]
+
+
+def test_intervals_are_those_of_clopper_and_pearson():
+    assert share_interval(0, 10) == (0.0, pytest.approx(1 - 0.025 ** (1 / 10)))
+    assert share_interval(10, 10) == (pytest.approx(0.025 ** (1 / 10)), 1.0)
+    assert share_interval(5, 20) == (
+        pytest.approx(0.0866, abs=1e-4),
+        pytest.approx(0.4910, abs=1e-4),
+    )
+    assert share_interval(0, 0) == (0.0, 1.0)
+
+
+def test_a_rate_takes_as_many_rows_as_show_it():
+    assert least_non_members(0.01) == 299
+    assert least_non_members(0.001) == 2995
+    assert 0.99**299 < 0.05 <= 0.99**298
