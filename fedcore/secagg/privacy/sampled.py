@@ -30,10 +30,11 @@ _FAR = 9.5
 _FINE, _FINE_IN_ALL = 20, 1000
 """Cells in a standard deviation of one round's loss, and of that of all rounds: epsilon is then within 0.2 %."""
 
-_MOST_POINTS = 1 << 21
-"""Of a window, and of the grid of a round."""
+_MOST_CELLS, _MOST_POINTS = 1 << 17, 1 << 21
+"""Of the grid of a round, whose cells are wider where it would have more; of a window, beyond which there is no bound.
+A coordinator chooses the settings that sites account for, so the time is bounded."""
 
-_POWERS = 2.0 ** np.arange(-6, 12, 0.5)
+_POWERS = 2.0 ** np.arange(-6, 40)
 """Of the Chernoff bound."""
 
 
@@ -97,14 +98,19 @@ def _spread(kind: Round) -> float:
     return kind.sample_rate * math.sqrt(math.expm1(min(kind.noise_multiplier**-2, 50.0)))
 
 
+def _largest(kind: Round) -> float:
+    """The loss at which a round's grid ends."""
+    z, q = kind
+    found = (2 * (1 + _FAR * z) - 1) / (2 * z * z)
+    if q == 1:
+        return found
+    return max(math.log1p(q * math.expm1(min(found, 700.0))), -math.log1p(-q))
+
+
 @lru_cache(maxsize=64)
 def _losses(kind: Round, width: float) -> tuple[_Losses, _Losses]:
     """Of a unit removed, and of a unit added."""
-    z, q = kind
-    largest = (2 * (1 + _FAR * z) - 1) / (2 * z * z)
-    if q < 1:
-        largest = max(math.log1p(q * math.expm1(min(largest, 700.0))), -math.log1p(-q))
-    last = min(_MOST_POINTS, math.ceil(largest / width) + 1)
+    last = math.ceil(_largest(kind) / width) + 1
     with_unit, without = _cells(kind, width, last)
     removed = _on_grid(with_unit, without, width, last)
     # The loss of the other direction is the negative one, so its cells are the same in reverse order.
@@ -152,7 +158,7 @@ def _epsilon(parts: list[tuple[_Losses, int]], width: float, delta: float) -> fl
     low, high = (_bound(parts, width, slack, sign) for sign in (-1, 1))
     first = math.floor(low / width)
     points = math.ceil(high / width) - first + 2
-    if points > 2 * _MOST_POINTS:
+    if points > _MOST_POINTS:
         return math.inf
     size = 1 << max(4, (points - 1).bit_length())
     spectrum, finite = np.ones(size // 2 + 1, dtype=np.complex128), 0.0
@@ -184,6 +190,7 @@ def sampled_epsilon(rounds: Rounds, delta: float) -> float:
         return 0.0
     spread = math.sqrt(sum(count * _spread(kind) ** 2 for kind, count in wanted.items()))
     width = min(min(map(_spread, wanted)) / _FINE, spread / _FINE_IN_ALL, 1e-2)
+    width = max(width, max(map(_largest, wanted)) / _MOST_CELLS)
     found = [(_losses(kind, width), count) for kind, count in wanted.items()]
     return max(
         _epsilon([(both[direction], count) for both, count in found], width, delta)
