@@ -182,6 +182,8 @@ def superlink(folder: Path, sites: int) -> Iterator[SuperLink]:
     ours = {
         "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
         "PYTHONUNBUFFERED": "1", "PATH": search_path(),
+        # Flower starts a process for every message: without bytecode files each would compile what it loads.
+        "PYTHONDONTWRITEBYTECODE": "",
     }  # fmt: skip
     found = SuperLink(folder, {**os.environ, **ours}, free_port())
     address = f"{HOST}:{found.port}"

@@ -116,7 +116,7 @@ class Courier:
         """The uncompressed bytes that `seal_object.save` writes, without the outer header."""
         from backports import zstd
 
-        self._refuse_forked()
+        self.refuse_forked()
         with self._busy:
             try:
                 seal_object.save(self._path)
@@ -127,7 +127,7 @@ class Courier:
 
     def give(self, seal_object: Any, context: Any, body: bytes) -> Any:
         """Load an uncompressed stream into `seal_object`; SEAL validates it against `context`."""
-        self._refuse_forked()
+        self.refuse_forked()
         with self._busy:
             try:
                 os.pwrite(self._fd, _seal_header(_SEAL_HEADER_SIZE + len(body)) + body, 0)
@@ -136,7 +136,8 @@ class Courier:
                 os.ftruncate(self._fd, 0)
         return seal_object
 
-    def _refuse_forked(self) -> None:
+    def refuse_forked(self) -> None:
+        """Raise Unavailable in another process than that which made it."""
         if os.getpid() != self._pid:
             raise Unavailable(
                 f"ciphertext path: found process {os.getpid()}, expected {self._pid}, which opened it",
@@ -359,7 +360,12 @@ class EncryptedSealer:
             self._ahead.append(self._encrypted_zero())
 
     def protect(self, slots: Slots) -> Iterator[bytes]:
-        """(s,) uint64 below 2^slot_bits, s a multiple of N, to chunks of up to 64 ciphertexts."""
+        """(s,) uint64 below 2^slot_bits, s a multiple of N, to chunks of up to 64 ciphertexts.
+
+        Raises Unavailable in a forked child: with the encryptions of zero that its parent has too, the difference of
+        two ciphertexts would be that of two plaintexts.
+        """
+        self._courier.refuse_forked()
         degree = self._public.ring.degree
         for first, count in _counts(_blocks(self._public.ring, len(slots))):
             words = np.empty((count, degree), dtype=np.uint64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
@@ -221,6 +222,20 @@ def test_what_was_encrypted_ahead_is_used_for_one_ciphertext_and_sums_stay_exact
     assert len({seed for _, seed in made}) == 6
     opened = sealer.open(fold_of(public, 3 * 2048, [first, second]).total(), 3 * 2048)
     assert (opened == rows.sum(axis=0)).all()
+
+
+def test_a_forked_child_does_not_use_what_its_parent_encrypted_ahead():
+    sealer = EncryptedSealer(SecretContext(PublicContext(SMALL, 40)))
+    sealer.prepare(2048)
+    child = os.fork()
+    if child == 0:
+        found = 1
+        with contextlib.suppress(Unavailable):
+            next(sealer.protect(np.zeros(2048, dtype=np.uint64)))
+            found = 2
+        os._exit(0 if found == 1 else found)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(sealer._ahead) == 1
 
 
 def test_no_more_is_encrypted_ahead_than_fits_the_memory_set_aside():
