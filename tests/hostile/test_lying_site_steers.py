@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from steering import Steering, steer
 
+from fedcore.experiment.attacks.lying_site import row_of
 from fedcore.learning import guard, released
 from fedcore.secagg.protocol.round import site
 
@@ -71,6 +72,9 @@ def test_two_lying_sites_widen_the_range_four_times_and_are_refused_by_round_8(m
     assert found.used <= 8
     assert not set(found.tripped.sites) & {"switzerland", "va"}
     assert not found.answers
+    said = row_of(found, guarded=True)
+    assert (said.value, said.samples, said.setting) == (0.0, 0, "guard on")
+    assert "with 0 questions answered: guard: sites cleveland, hungary leave" in said.shows
 
 
 def test_control_two_lying_sites_whom_no_guard_stops_read_a_patient_in_80_rounds(monkeypatch):
@@ -79,6 +83,9 @@ def test_control_two_lying_sites_whom_no_guard_stops_read_a_patient_in_80_rounds
     assert max(found.ranges) == FIRST_RANGE_UP * found.ranges[0]
     assert len(found.answers) == 2
     assert found.read == [True]
+    said = row_of(found, guarded=False)
+    assert (said.value, said.samples, said.chance, said.setting) == (1.0, 1, 0.0, "guard off")
+    assert "1 of 1 patients" in said.shows
 
 
 # About 10 s: 80 rounds.
