@@ -295,7 +295,7 @@ def compare(
     _show_result(found.result, found.directory, as_json)
 
 
-@job_command(app, "task protection attack preset seed")
+@job_command(app, "task protection attack preset fpr seed")
 def attack(
     settings: Settings,
     job: JobFile = None,
@@ -304,6 +304,12 @@ def attack(
         typer.Option("--attack", help="One attack, repeatable; default: all (docs/attacks.md)."),
     ] = None,
     preset: Annotated[str, typer.Option("--preset", help="quick (default) or full.")] = "quick",
+    fpr: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--fpr", help="False positive rate for membership, repeatable; takes test rows enough."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack a job as each party sees it, in short recorded rounds. Under `plain`, too, as the control."""
@@ -315,7 +321,11 @@ def attack(
 
     with reading_shown():
         found = run_attacks(
-            *job_for(None, *_layers(job, settings)), attack or (), preset=preset, say=say
+            *job_for(None, *_layers(job, settings)),
+            attack or (),
+            preset=preset,
+            rates=fpr or (),
+            say=say,
         )
     emit_or_show(found.to_json(), lambda _: attack_summary(found), as_json)
 

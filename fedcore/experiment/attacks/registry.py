@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedcore.config import Job
 from fedcore.errors import UnknownName, require_extra
-from fedcore.experiment.attacks import reconstruction
+from fedcore.experiment.attacks import lying_site, membership, one_run_audit, reconstruction
 from fedcore.experiment.attacks.scene import PRESETS, Scene
 from fedcore.learning.task import Task
 from fedcore.results import AttackResult, AttackRow, Reconstruction
@@ -27,16 +27,30 @@ class Attack:
 ATTACKS: dict[str, Attack] = {
     "analytic": Attack("rows from the first linear layer's gradient", reconstruction.analytic),
     "inversion": Attack("rows by a search for the same gradient", reconstruction.inversion),
+    "membership-quantile": Attack(
+        "training rows told by a surer model than expected of them", membership.quantile
+    ),
+    "membership-lira": Attack(
+        "training rows told by models with and without them", membership.lira
+    ),
+    "audit-step": Attack("the noise of one protected round, by canaries", one_run_audit.step),
+    "audit-training": Attack(
+        "the noise of all rounds, by rows of one site", one_run_audit.training
+    ),
+    "lying-site": Attack(
+        "two sites steer the model to read rows of the others", lying_site.lying_site
+    ),
 }
 """A new attack is a function in a file of this folder and a line here."""
 
 
 def run_attacks(
-    task: Task, job: Job, names: Sequence[str] = (), *, preset: str = "quick",
+    task: Task, job: Job, names: Sequence[str] = (), *, preset: str = "quick", rates: Sequence[float] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> AttackResult:  # fmt: skip
     """The rows of the named attacks, of all where none is named. Raises UnknownName for another name or preset,
-    BadInput for a job that cannot run or rows that are no arrays."""
+    BadInput for a job that cannot run, rows that are no arrays, and where the test rows are too few for one of the
+    false positive rates `rates`, which membership is reported at beside its own."""
     require_extra("attack", "report", "scipy")
     for name in names:
         if name not in ATTACKS:
@@ -44,7 +58,8 @@ def run_attacks(
     if preset not in PRESETS:
         raise UnknownName("--preset", preset, PRESETS)
     started = time.perf_counter()
-    scene = Scene(task, job, PRESETS[preset])
+    scene = Scene(task, job, PRESETS[preset], tuple(rates))
+    membership.refuse_rates(scene)
     found = list(_found(scene, [n for n in ATTACKS if n in names] or list(ATTACKS), say))
     plan = scene.prepared.plan
     return AttackResult(

@@ -71,21 +71,24 @@ class Effort:
     analytic_rows: int = 16
     searched_rows: int = 4
     search: Search = field(default_factory=lambda: Search(steps=200))
+    reference_pairs: int = 2
 
 
 PRESETS = {
     "quick": Effort(),
-    "full": Effort((1, 2, 4, 8), 64, 32, Search(steps=2000, starts=4)),
+    "full": Effort((1, 2, 4, 8), 64, 32, Search(steps=2000, starts=4), reference_pairs=8),
 }
 
 
 @dataclass
 class Scene:
-    """A job under attack. found: what attacks share, computed at the first use."""
+    """A job under attack. rates: false positive rates that were asked for. found: what attacks share, computed at the
+    first use."""
 
     task: Task
     job: Job
     effort: Effort = PRESETS["quick"]
+    rates: tuple[float, ...] = ()
     found: Json = field(default_factory=dict)
 
     @property
@@ -192,15 +195,11 @@ def _recorded(federation: Federation, turn: int, rows: int) -> StepRound:
     federation.advance(trace)
     bits, bound, sites = plan.packing.bits, start.server.bound, len(trace.survivors)
     size = plan.parameters
-    weight = plan.max_examples if plan.privacy else plan.weight_of(rows)
-    rate = (
-        plan.train.lr
-        if plan.privacy
-        else learning_rate(plan.train, step.training_round, plan.rounds)
-    )
-    scale = plan.max_examples / weight / rate
-    if plan.privacy:  # a sum over the rows, not their mean
-        scale /= rows
+    if plan.privacy:  # the sum over the rows, not their mean
+        scale = 1 / plan.privacy.scale(plan.train.lr, plan.max_examples) / rows
+    else:
+        rate = learning_rate(plan.train, step.training_round, plan.rounds)
+        scale = plan.max_examples / plan.weight_of(rows) / rate
     model = start.server.model
     decay = 0.0 if plan.privacy else plan.train.weight_decay
     exact = (4 * step_size(bits, bound) * scale, 0.999 * bound * scale)

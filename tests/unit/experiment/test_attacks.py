@@ -142,6 +142,11 @@ def test_a_model_that_begins_with_another_layer_has_a_row_with_the_reason():
     assert "found Linear" in gradient_matching.why_no_inputs(torch.nn.Linear(64, 2, bias=False), 64)
 
 
+def test_lying_sites_ask_for_ages_of_patients():
+    (found,) = run_attacks(*job_for(tiny(), {}), ["lying-site"]).rows
+    assert "found task 'tiny'" in found.refused
+
+
 def test_an_attack_of_another_name_is_refused():
     with pytest.raises(UnknownName, match="analytic"):
         run_attacks(*job_for(tiny(), {}), ["analitic"])
