@@ -203,8 +203,9 @@ class JobDisk:
         for key, file in ((_JOB_FILE, JOB_FILE), (_MODEL, MODEL_FILE)):
             path = self._directory / file
             if not path.exists() and (data := self._journal.get(self._job, key)) is not None:
+                whole = self._models.restored(path, data) if key == _MODEL else data
                 with refusals("job", path):
-                    write_atomic(path, data)
+                    write_atomic(path, whole)
 
     def _give_back_small(self) -> None:
         """Write files again that the journal has: they may be missing or empty after a power cut."""

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from fedcore.files import write_atomic
 from fedcore.files.disk import sync_folder
-from fedcore.store.sealed_files import FileSealer, in_clear, is_sealed_file, sealed
+from fedcore.store.sealed_files import FORM, FileSealer, in_clear, is_sealed_file, sealed
 
 JOBS_FOLDER, MODEL_FILE = "jobs", "model.safetensors"
 
@@ -25,9 +25,18 @@ class SealedModels:
         """What is written into a job's file."""
         return parts if self._sealer is None else self._sealer.seal(parts, *_place(path))
 
+    def restored(self, path: Path, data: bytes) -> Iterable[bytes]:
+        """What is written into a job's file of one that another machine wrote. data: as it was there."""
+        return (data,) if data.startswith(FORM) else self.content(path, (data,))
+
     def open(self, path: Path) -> BinaryIO:
-        """A job's file, to be read in clear. Raises StoreProblem for one that was not written for this job; OSError."""
-        return path.open("rb") if self._sealer is None else self._sealer.reader(path, *_place(path))
+        """A job's file, to be read in clear. Raises StoreProblem for one that was not written for this job, or is
+        encrypted where there is no keystore; OSError."""
+        if self._sealer is not None:
+            return self._sealer.reader(path, *_place(path))
+        if is_sealed_file(path):
+            raise sealed(path)
+        return path.open("rb")
 
 
 def _place(path: Path) -> tuple[str, ...]:

@@ -330,6 +330,31 @@ def test_stolen_files_of_a_coordinator_hold_no_sum_and_no_model(place, capsys):
         assert code != 0 and "found process" in err, "not while it runs"
 
 
+@pytest.mark.parametrize("before", ["encrypted", "in clear"])
+def test_a_standby_gets_a_model_from_the_database_and_encrypts_it(place, capsys, before):
+    command(capsys, "encrypt", "--config", str(place))
+    config = read_config(place)
+    folder, sealer = config.folder / "jobs" / "job", config.file_sealer()
+    folder.mkdir(parents=True)
+    path = folder / MODEL_FILE
+    with Journal.open(config.folder / "other", party=config.party) as journal:
+        journal.elsewhere = True  # as on a server
+        models = SealedModels(sealer if before == "encrypted" else None)
+        spool = Spool(config.folder / "spool")
+        disk = JobDisk(journal, spool, folder, facts_of(), models)
+        stored = spool.put("job", "upload", [MODEL])
+        disk.uploads[stored.digest] = stored
+        disk.keep_model(stored.digest)
+        path.unlink()
+        standby = JobDisk(journal, spool, folder, facts_of(), SealedModels(sealer))
+        standby.load()
+        with standby.open_file(path) as file:
+            assert file.read() == MODEL
+        assert MODEL[-64:] not in path.read_bytes()
+        with pytest.raises(StoreProblem, match="expected it in clear"):
+            SealedModels(None).open(path)
+
+
 def test_a_model_of_another_job_or_in_the_other_form_is_refused(place, capsys):
     config = read_config(place)
     command(capsys, "encrypt", "--config", str(place))
