@@ -22,6 +22,7 @@ from fedcore.results import MetricsRow
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol import epoch
 from fedcore.secagg.protocol.effects import RemoveMasks
+from fedcore.secagg.protocol.job.coordinator.early_end import KEY as OVER
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, JobLog, KeptFile, Row
 from fedcore.secagg.protocol.job.effects import AppendRecords, KeepCheckpoint
 from fedcore.secagg.protocol.job_messages import JobEnded
@@ -152,7 +153,7 @@ class JobDisk:
         records = list(journal.read(name, ROUND))
         facts.epoch, facts.step = value("epoch", epoch.NoEpoch()), value("step")
         facts.stage = coordinator.replay(value("stage", coordinator.Ready()), records)
-        facts.certificate = value("certificate")
+        facts.certificate, facts.over = value("certificate"), journal.get(name, OVER) is not None
         facts.withdrawn = frozenset(json.loads(journal.get(name, "withdrawn") or b"[]"))
         for file in (self._rounds, self._metrics):
             file.load(journal, name)

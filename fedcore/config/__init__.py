@@ -22,6 +22,7 @@ from fedcore.errors import BadInput, UnknownName
 from fedcore.files.toml import Section, found_and_expected, read_tables
 from fedcore.secagg import algorithms, packing, plan, protections
 from fedcore.secagg.encode.pack import limb_count
+from fedcore.secagg.judge_plan import ends_early, judge_plan, refuse_judge
 from fedcore.secagg.privacy.privacy_plan import EACH_SITE, PrivacyPlan
 from fedcore.types import Json, SiteId
 
@@ -122,8 +123,9 @@ class RoundSection(Section):
     when.
 
     validate: share of each site's training rows that no arm trains on, to judge rounds by; keep, patience: the
-    round whose model is released, and after how many rounds without a better one a run ends; checkpoint_every: after
-    how many rounds the model is kept. In one process only.
+    round whose model is released, and after how many rounds without a better one a run ends. judge: by what, the rows
+    apart ("validation", in one process only), or the metrics that each release opens ("released"); veto: as in
+    `JudgePlan`. checkpoint_every: after how many rounds the model is kept, in one process only.
     submit_seconds: at a deployed site, no vector is sent before so many seconds after its round was
     announced, and no survey before so many after the offer: else the time tells of rows (PROTOCOL U)."""
 
@@ -131,6 +133,8 @@ class RoundSection(Section):
     validate: float | None = Field(default=None, gt=0, lt=1)  # type: ignore[assignment]
     keep: Literal["last", "best"] | None = None
     patience: int | None = Field(default=None, ge=1)
+    judge: Literal["validation", "released"] = "validation"
+    veto: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     checkpoint_every: int | None = Field(default=None, ge=1)
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
     server_lr: float = Field(default=1.0, gt=0)
@@ -256,6 +260,8 @@ class Settings(TypedDict, total=False):
     validate: float | None
     keep: Literal["last", "best"] | None
     patience: int | None
+    judge: Literal["validation", "released"]
+    veto: float | None
     checkpoint_every: int | None
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
     server_lr: float
@@ -328,6 +334,7 @@ def wire_settings(job: Job) -> Json:
     for section in SECTIONS.keys() & whole.keys():
         whole[section] = {k: v for k, v in whole[section].items() if v is not None}
     later = {f"server_{name}": value for name, value in plan.UNCHANGED_SERVER.items()}
+    later["judge"] = "validation"
     return whole | {
         "train": plan.without_unchanged(whole["train"], plan.UNCHANGED_TRAINING),
         "round": plan.without_unchanged(whole["round"], later),
@@ -395,7 +402,7 @@ def plan_of(
         threshold=protect.threshold or 0,
         public_metrics=job.track.public_metrics, release=protect.release,
         settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=protect.cipher,
-        model=shape.model,
+        model=shape.model, judge=judge_plan(each, shape.metric_sums),
     )  # fmt: skip
     if job.privacy.epsilon is None:
         return found
@@ -506,10 +513,11 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
             remedy='release = "sites": each site has the model with its own (`fed-site model`)',
         )
     algorithms.refuse_server(train_plan(sections["train"]), server_plan(sections["round"]))
-    _require_validation(sections["round"])
+    refuse_judge(sections["round"], sections["round"].validate)
     run = sections[""]
     if run.fold >= run.folds:
         raise BadInput(f"fold: found {run.fold}, expected 0 to folds - 1 = {run.folds - 1}")
+    protections.refuse_judge(protect.protection, ends=ends_early(sections["round"]))
     _require_privacy(sections["privacy"], merged["privacy"], protect, sections["round"])
     rest = (sections["privacy"], sections["round"], sections["track"], sites, base, of_task)
     return Job(run, sections["train"], protect, *rest)
@@ -521,16 +529,6 @@ def _settings_of_task(value: Any) -> dict[str, Any]:
             f"task_settings: found {type(value).__name__}, expected a table of settings of the task"
         )
     return {str(name): each for name, each in value.items()}
-
-
-def _require_validation(section: RoundSection) -> None:
-    for key in ("keep", "patience"):
-        value = getattr(section, key)
-        if value not in (None, "last") and section.validate is None:
-            raise BadInput(
-                f"round.{key}: found {value!r} without round.validate, expected rows to judge a round by",
-                remedy="--validate 0.2 keeps a fifth of each site's training rows apart for it",
-            )
 
 
 def _require_privacy(

@@ -11,16 +11,19 @@ Kind = Literal["comparison", "deployment"]
 
 class Unsupported(NamedTuple):
     """A setting that one kind of run does not have. reason: continues "in a deployment: ". usual: the value that
-    asks for nothing, beside none and off."""
+    asks for nothing, beside none and off. but_with: (another setting, its value) with which it is supported."""
 
     setting: str
     kind: Kind
     reason: str
     remedy: str
     usual: str | None = None
+    but_with: tuple[str, str] | None = None
 
 
 _FIND_ROUNDS = "`fedcore simulate` finds the number of rounds to deploy with (round.rounds)"
+_JUDGE_RELEASED = f"--judge released goes by the metrics that each release opens; or {_FIND_ROUNDS}"
+_BY_RELEASED = "round.judge", "released"
 _STOP_A_SITE = "`fedcore simulate` has simulated absences; deployed, stop a site's process"
 _SPLITS_OF_OPERATORS = "each site's operator decides which rows are kept apart"
 
@@ -34,8 +37,12 @@ UNSUPPORTED = (
         "`fedcore simulate` and `fedcore compare` use a GPU", "cpu",
     ),
     Unsupported("round.validate", "deployment", _SPLITS_OF_OPERATORS, _FIND_ROUNDS),
-    Unsupported("round.keep", "deployment", "it keeps its last round", _FIND_ROUNDS, "last"),
-    Unsupported("round.patience", "deployment", "it runs all its rounds", _FIND_ROUNDS),
+    Unsupported(
+        "round.keep", "deployment", "no rows are kept apart", _JUDGE_RELEASED, "last", _BY_RELEASED
+    ),
+    Unsupported(
+        "round.patience", "deployment", "no rows are kept apart", _JUDGE_RELEASED, None, _BY_RELEASED
+    ),
     Unsupported(
         "round.checkpoint_every", "deployment", "it keeps the model of its last round only",
         "`fedcore simulate` keeps those of earlier rounds",
@@ -72,10 +79,16 @@ would show single rows (docs/decisions/0016)."""
 def refuse_unsupported(settings: Mapping[str, object], kind: Kind) -> None:
     """Raise BadInput where a job asks for what this kind of run does not have. settings: as `Job.to_json` has them,
     complete or not, also of another party."""
-    for each in UNSUPPORTED:
-        section, _, key = each.setting.rpartition(".")
+
+    def found(setting: str) -> object:
+        section, _, key = setting.rpartition(".")
         table = settings.get(section, {}) if section else settings
-        value = table.get(key) if isinstance(table, Mapping) else None
+        return table.get(key) if isinstance(table, Mapping) else None
+
+    for each in UNSUPPORTED:
+        value = found(each.setting)
+        if each.but_with is not None and found(each.but_with[0]) == each.but_with[1]:
+            continue
         if each.kind == kind and value and value != each.usual:
             usual = "false" if value is True else "none"
             expected = usual if each.usual is None else repr(each.usual)

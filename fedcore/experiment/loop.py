@@ -34,6 +34,7 @@ from fedcore.files import (
 )
 from fedcore.learning.app_jobs import of_arm
 from fedcore.learning.device import repeatable
+from fedcore.learning.judging import OVER
 from fedcore.learning.model import single_thread
 from fedcore.learning.saved import FILE as MODEL_FILE
 from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
@@ -130,6 +131,8 @@ class Experiment:
         self.selection = Selection.of(prepared) if prepared.job.round.validate is not None else None
         self.kept: dict[str, tuple[bytes, ...]] = {}
         """The models of each arm's best round, where the job keeps it."""
+        self._beside: tuple[bytes, ...] = ()
+        """The float arm's models of the round that is the best by the released metrics."""
 
     def rounds(self, on_step: OnStep | None = None) -> Iterator[RoundRow]:
         """Advance every arm one round at a time; yields each arm's row. on_step: called before each of an arm."""
@@ -154,10 +157,15 @@ class Experiment:
             ):
                 self.stopped = reason
                 break
+            if over := self.federation.state.over:
+                self.stopped = f"{OVER[over]} (released metrics)"
+                break
             current = self.round + 1
             columns = {}
             for name in order:
                 announce(current, name)
+                if name == "federated_float":
+                    self._keep_beside()
                 with of_arm(self.prepared.task, name):
                     columns[name] = self.arms[name].step(current)
                 self.round = current
@@ -215,6 +223,22 @@ class Experiment:
             at[name] = self.selection.best[name].round if self.selection is not None else self.round
         return at
 
+    def _keep_beside(self) -> None:
+        """Keep the float arm's models, where the last judgement found those of their round the best so far."""
+        found, arm = self.federation.state.judgement, self.arms.get("federated_float")
+        if found is None or found.parameters is None or arm is None:
+            return
+        if found.round == found.latest:
+            self._beside = arm.models()
+
+    def settle(self) -> None:
+        """After the metrics-only round: where the federation went back to its best model, the float arm goes back to
+        the same round, so that what is between them is rounding."""
+        self._keep_beside()
+        state, arm = self.federation.state, self.arms.get("federated_float")
+        if arm is not None and self._beside and state.at_best:
+            arm.go_back(self._beside)
+
     def require_a_release(self) -> None:
         """Raise Abandoned for a run of which no round was released: its model never learnt anything."""
         plan, abandoned = self.prepared.plan, self.federated.abandoned
@@ -237,6 +261,7 @@ class Experiment:
             "budgets": {name: (a.budget.steps, a.budget.examples) for name, a in self.arms.items()},
             "inputs": inputs_of(self.prepared),
             "kept": dict(self.kept),
+            "beside": self._beside,
             "app": None
             if (app := self.prepared.task.app) is None
             else {a: app.save(a) for a in self.arms},
@@ -256,6 +281,7 @@ class Experiment:
             arm.restore(saved["arms"][name])
             arm.budget.steps, arm.budget.examples = saved["budgets"][name]
         self.kept = {name: tuple(models) for name, models in saved.get("kept", {}).items()}
+        self._beside = tuple(saved.get("beside", ()))
         if (app := self.prepared.task.app) is not None:
             for arm, kept in saved["app"].items():
                 app.restore(kept, arm)

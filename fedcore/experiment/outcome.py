@@ -39,6 +39,7 @@ from fedcore.learning.scoring import pooled
 from fedcore.learning.site import LoadedSite, SiteRows
 from fedcore.learning.state import model_digest
 from fedcore.report import warnings
+from fedcore.report.phrases import metric_name
 from fedcore.results import (
     AbandonedRound,
     Absences,
@@ -80,9 +81,13 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     prepared, job = experiment.prepared, experiment.prepared.job
     plan, federated = prepared.plan, experiment.federated
     with single_thread():
+        protected = None
+        if plan.judge is not None:  # the last judgement, which may lead back to the best model
+            protected = _protected_metrics(experiment)
+            experiment.settle()
         scorings = experiment.evaluated()
         twin = federated.evaluate_twin(experiment.go_back()["federated"])
-        protected = _protected_metrics(experiment)
+        protected = protected or _protected_metrics(experiment)
         constant = _constant(experiment, pooled(scorings["federated"]))
     about = prepared.plan_json()
     per_site = _per_site(experiment, scorings)
@@ -153,7 +158,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     found = [f"{text[:1].upper()}{text[1:]} (hint: {hint})." for text, hint in prepared.findings]
     unknown: Counter[str] = sum((Counter(one.unknown) for one in prepared.loaded), Counter())
     with single_thread():
-        found += _notes_on_statistics(experiment)
+        found += _notes_on_statistics(experiment) + _notes_on_judgement(experiment)
     of_plan, of_rows = label_warnings(Terms.of_plan(plan)), warnings.notes_on_rows(result, unknown)
     result = replace(result, notes=(*capped, *prepared.notes_on_start, *found, *of_plan, *of_rows))
     return replace(result, warnings=warnings.of_run(result))
@@ -213,16 +218,34 @@ def _notes_on_statistics(experiment: Experiment) -> list[str]:
     ]
 
 
+def _notes_on_judgement(experiment: Experiment) -> list[str]:
+    """What was chosen by released metrics, and on which rows."""
+    plan, found = experiment.prepared.plan.judge, experiment.federated.state.judgement
+    if plan is None or found is None:
+        return []
+    name, best = metric_name(plan.metric), f"round {found.round}" if found.round else "the start"
+    what = f"The best model by the released {name} was that of {best}"
+    if experiment.federated.state.at_best:
+        what += ", and it is the run's"
+    return [
+        f"{what}. The sites judged by their test rows, the ones that every score here is of, so the federated arm's "
+        "scores are too good (hint: in a simulation `validate` keeps other rows apart for it)."
+    ]
+
+
 def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
     """The metrics-only round."""
     transport = experiment.prepared.transport
     if experiment.prepared.plan.privacy is not None:  # sums of metrics would leave without noise
         return ProtectedMetrics(sites=())
     try:
-        total = experiment.federation.measure().total
+        release = experiment.federation.measure()
     except RoundAbandoned as abandoned:
         last = AbandonedRound(stage=abandoned.stage, left=abandoned.left)
         return ProtectedMetrics(sites=(), abandoned=last)
+    total = release.total
+    if experiment.prepared.plan.judge is not None:
+        experiment.federated.twin = release.twin
     sums, sites = total.opened.wides, sites_of(experiment.prepared.plan.sites, total.survivors)
     metrics = transport.finish(sums, len(sites), experiment.federated.target_scale)
     return ProtectedMetrics(

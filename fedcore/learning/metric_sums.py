@@ -18,10 +18,10 @@ from fedcore.learning.metrics import counting, get
 from fedcore.learning.metrics.definition import Floats, Metric, Values, clipped_rows
 from fedcore.learning.scoring import Scored, pooled
 from fedcore.learning.task import Task
+from fedcore.secagg.judge_plan import OWN_BITS
 from fedcore.secagg.plan import MATRIX, METRIC, Wide
 
 OWN_FRACTION_BITS = 16
-OWN_BITS = 64
 _OFFSET = 1 << (OWN_BITS - 1)
 _CONFUSION = MATRIX + counting.CONFUSION
 

@@ -18,16 +18,18 @@ from safetensors.numpy import load, save
 
 from fedcore.errors import BadInput
 from fedcore.learning.data.statistics import Column, Statistics
+from fedcore.learning.judging import Judgement, judged, kept_model
 from fedcore.learning.optimisers import ServerState, init_state
 from fedcore.learning.released import OpenedSum
 from fedcore.learning.rules import rules_of
 from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.judge_plan import JudgePlan
 from fedcore.secagg.plan import RoundPlan, canonical
-from fedcore.secagg.protocol.schedule import PlannedRound
+from fedcore.secagg.protocol.schedule import PlannedRound, released_round
 from fedcore.secagg.purposes import purpose_of
 from fedcore.types import FloatVector, SiteId
 
-_META = "fedcore"
+_META, _BEST = "fedcore", "best"
 
 
 def model_digest(vector: FloatVector) -> str:
@@ -49,7 +51,8 @@ class JobState:
 
     done: the last released step, None before the first. shown: the survivors of each release whose metric
     sums were not all zero, each set once, in the order of the releases. summed: {site: the last training round whose
-    sum it is in}, of an algorithm under which sites keep something (`kept.KeptValues`).
+    sum it is in}, of an algorithm under which sites keep something (`kept.KeptValues`). judgement: of the models so
+    far, in a job that judges them.
     """
 
     server: ServerState
@@ -57,6 +60,18 @@ class JobState:
     done: PlannedRound | None = None
     shown: tuple[tuple[SiteId, ...], ...] = ()
     summed: Mapping[SiteId, int] = field(default_factory=dict)
+    judgement: Judgement | None = None
+
+    @property
+    def over(self) -> str:
+        """Why training is over before its last round; "" while it is not."""
+        return "" if self.judgement is None else self.judgement.over
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the model is the best one by the released metrics."""
+        best = None if self.judgement is None else self.judgement.parameters
+        return best is not None and np.array_equal(self.server.parameters, best)
 
     @classmethod
     def initial(cls, plan: RoundPlan, model: FloatVector) -> JobState:
@@ -75,7 +90,8 @@ class JobState:
         done = [self.done.purpose, self.done.training_round] if self.done else None
         shown = [list(survivors) for survivors in self.shown]
         summed = {"summed": dict(self.summed)} if self.summed else {}
-        return {"statistics": statistics, "done": done, "shown": shown, **summed}
+        judgement = {} if self.judgement is None else {"judgement": self.judgement.about()}
+        return {"statistics": statistics, "done": done, "shown": shown, **summed, **judgement}
 
     def isolates(self, cohort: Sequence[SiteId], least: int) -> bool:
         """Whether metric sums of a cohort, beside those of an earlier release, would be about fewer than
@@ -111,12 +127,24 @@ class JobState:
         moved = replace(purpose.apply(plan, self, opened_sum), done=step)
         if purpose.trains and plan.train.keeps:
             moved = replace(moved, summed={**self.summed, **dict.fromkeys(survivors, round_)})
+        if purpose.measures and plan.judge is not None:
+            moved = self._judged(plan.judge, moved, opened, last=not purpose.trains)
         return moved.showing(plan, opened, survivors) if purpose.measures else moved
+
+    def _judged(self, plan: JudgePlan, moved: JobState, opened: Opened, *, last: bool) -> JobState:
+        """`moved`, with the judgement of this state's model, whose metric sums are in the sum."""
+        before, round_ = self.judgement or Judgement(), released_round(self.done)
+        found = judged(plan, before, self.server, round_, opened.wides)
+        server = kept_model(plan, found, moved.server, last=last)
+        return replace(moved, server=server, judgement=found)
 
     def to_bytes(self) -> bytes:
         """Safetensors: parameters and moments, with the rest as metadata."""
         server = self.server
         tensors = {f"moment.{name}": value for name, value in server.moments.items()}
+        best = None if self.judgement is None else self.judgement.parameters
+        if best is not None:
+            tensors[_BEST] = best
         about = self._about() | {
             "scalars": dict(server.scalars),
             "bound": server.bound,
@@ -144,12 +172,14 @@ class JobState:
                 float(about["bound"]), float(about["first_bound"]),
             )  # fmt: skip
             statistics, done = about["statistics"], about["done"]
+            judgement, best = about.get("judgement"), tensors.get(_BEST)
             return cls(
                 server,
                 Statistics.from_json(statistics) if statistics else None,
                 PlannedRound(str(done[0]), int(done[1])) if done else None,
                 tuple(tuple(map(SiteId, survivors)) for survivors in about["shown"]),
                 {SiteId(name): int(round_) for name, round_ in about.get("summed", {}).items()},
+                None if judgement is None else Judgement.from_about(judgement, best),
             )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BadInput("state: found bytes that are no saved state of a job") from error

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcore.secagg.algorithms import LEAST_THRESHOLD, algorithm_of, keeps_of, refuse_threshold
+from fedcore.secagg.judge_plan import ends_early
 from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
 from fedcore.secagg.privacy.privacy_plan import COLUMN, IN_SUM, RECORD, SITE, PrivacyPlan
 from fedcore.secagg.protections import MIN_SITES, Protection, refuse_roster
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _PROTECTS, _PROTECTS_NOT = "Protects against: ", "Does not protect against: "
 _PUBLIC = "It learns the metrics of each release over all its sites: the plan makes them public."
+_ENDS = "It learns after which round the sites end training, which follows from their metrics."
 _GIVEN = "of the models only the last one, which the plan gives it"
 _STREAMS = "What travels is encrypted by AES-256 streams of a secret that all sites share."
 _TWO_BLOCKS = (
@@ -46,7 +48,8 @@ class Terms:
     statistics: how tables are scaled: by their declared ranges ("ranges", nothing travels), or by sums
     over all sites ("federated"). single_site_features: whether a feature that fewer than 3 sites have is
     taken. second_block: whether a vector holds another combination of what the update was made of, so that a sum is two
-    equations about the same updates. privacy: of a job with noise in its sums.
+    equations about the same updates. ends: whether the sites may end training before its last round. privacy: of a
+    job with noise in its sums.
 
     Raises PlanRefused for a threshold outside (n/2, n], or a roster the protection does not take, and as
     `algorithms.refuse_threshold`.
@@ -61,6 +64,7 @@ class Terms:
     statistics: str = "ranges"
     single_site_features: bool = False
     second_block: bool = False
+    ends: bool = False
     privacy: PrivacyPlan | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +90,8 @@ class Terms:
         return cls(
             protection=plan.protection, sites=plan.sites, threshold=plan.threshold, cipher=plan.cipher,
             public_metrics=plan.public_metrics, release=plan.release,
-            statistics=plan.standardise, second_block=len(plan.blocks) > 1, privacy=plan.privacy,
+            statistics=plan.standardise, second_block=len(plan.blocks) > 1,
+            ends=plan.judge is not None and plan.judge.ends, privacy=plan.privacy,
         )  # fmt: skip
 
     @classmethod
@@ -102,6 +107,7 @@ class Terms:
             public_metrics=job.track.public_metrics, release=protect.release,
             statistics=job.train.standardise, single_site_features=protect.single_site_features,
             second_block=bool(algorithm_of(job.train.algorithm).second_block),
+            ends=ends_early(job.round),
             privacy=privacy,
         )  # fmt: skip
 
@@ -145,6 +151,8 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
         lines[-1] += f" {_STREAMS}"
     if terms.public_metrics:
         lines[0] += f" {_PUBLIC}"
+    if terms.ends and layers.protects:
+        lines[0] += f" {_ENDS}"
     if terms.second_block and layers.protects:
         lines[-1] += f" {_TWO_BLOCKS}"
     lines += _statistics(terms, few_sites)
@@ -322,6 +330,8 @@ def leaving_of(job: Job, terms: Terms) -> list[str]:
     shown = [
         terms.public_metrics and "the metrics of each release over all its sites",
         terms.release == "coordinator" and "the model and statistics of the last round",
+        terms.ends
+        and "after which round training ends, which follows from the metrics over all sites",
     ]
     kept = keeps_of(job.train)
     return [

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.secagg import algorithms, protections
+from fedcore.secagg.judge_plan import JudgePlan
 from fedcore.secagg.packing import Packing, Ring
 from fedcore.secagg.privacy.privacy_plan import IN_SUM, SITE, NoiseGrid, PrivacyPlan, solve_grid
 from fedcore.secagg.protections import Protection, has_lattice
@@ -49,6 +50,11 @@ class Wide:
     name: str
     count: int
     bits: int
+
+    @property
+    def metric(self) -> str:
+        """The metric that is one number and that these are the sums of; "" for anything else."""
+        return self.name.removeprefix(METRIC) if self.name.startswith(METRIC) else ""
 
 
 INITIAL_PARTS = ("parameters", "frozen parameters", "buffers that stay")
@@ -236,6 +242,7 @@ def check_threshold(threshold: int, sites: int) -> int:
 
 _UNSTATED = {
     "public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges", "initial_parts": "",
+    "judge": None,
 }  # fmt: skip
 """Values that a plan's JSON leaves out: with them nothing more travels or is shown."""
 
@@ -290,6 +297,7 @@ class RoundPlan:
     statistics over the sites' training rows ("federated").
     cipher: what encrypts vectors under `encrypted` and `layered`; without effect elsewhere.
     model: what the sites' models have in common beside their parameters.
+    judge: by what the sites judge released models; None: nobody does.
     """
 
     task: str
@@ -312,6 +320,7 @@ class RoundPlan:
     standardise: str = "ranges"
     cipher: str = "bfv"
     model: ModelPlan = ModelPlan()
+    judge: JudgePlan | None = None
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):
@@ -337,9 +346,21 @@ class RoundPlan:
             algorithms.refuse_threshold(self.threshold, len(self.sites))
         if self.standardise not in STANDARDISE:
             raise UnknownName("train.standardise", self.standardise, STANDARDISE)
+        if self.judge is not None:
+            self._check_judge(self.judge)
         if self.privacy is not None:
             self._check_for_privacy(self.privacy)
             self._check_privacy(self.privacy)
+
+    def _check_judge(self, judge: JudgePlan) -> None:
+        """Raise PlanRefused where what is judged, or its result, is not what a person would expect."""
+        if judge.goes_back and self.train.keeps:
+            raise PlanRefused(
+                "round.judge: found a plan that may go back to an earlier model while each site keeps "
+                f"{self.train.keeps} of the last one, expected patience alone",
+                remedy="leave keep and veto out, or use an algorithm under which sites keep nothing",
+            )
+        protections.refuse_judge(self.protection, ends=judge.ends)
 
     def with_privacy(self, privacy: PrivacyPlan) -> RoundPlan:
         """This plan, with noise in its sums and the range that goes with it. Raises PlanRefused."""
@@ -358,6 +379,8 @@ class RoundPlan:
              "enough in each"),
             ("train.standardise", self.standardise, "ranges", "exact sums of columns have no noise"),
             ("track.public_metrics", self.public_metrics, False, "exact sums of metrics have no noise"),
+            ("round.judge", "validation" if self.judge is None else "released", "validation",
+             "there are no sums of metrics"),
             ("train.algorithm", train.algorithm, train.algorithm if plain else "averaging",
              "its rules are of steps at the sites, and of vectors without noise"),
             ("train.local_parameters", train.local_parameters, (), "every parameter is in the clipped gradients"),
@@ -449,8 +472,7 @@ class RoundPlan:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the task's metrics that are one number, the first one first."""
-        names = (wide.name for wide in self.metric_sums)
-        return tuple(name.removeprefix(METRIC) for name in names if not name.startswith(MATRIX))
+        return tuple(name for wide in self.metric_sums if (name := wide.metric))
 
     @property
     def model_coordinates(self) -> int:
@@ -545,6 +567,7 @@ class RoundPlan:
                 raise ValueError
             packing = dict(value["packing"])
             ring, privacy = packing["ring"], value["train"].get("privacy")
+            judge = value.get("judge")
             private = None if privacy is None else PrivacyPlan(**privacy)
             parts = {
                 "sites": tuple(value["sites"]),
@@ -554,6 +577,7 @@ class RoundPlan:
                 "range": RangePlan(**value["range"]),
                 "metric_sums": tuple(Wide(**wide) for wide in value["metric_sums"]),
                 "model": ModelPlan(fields.pop("inputs"), fields.pop("initial_parts", "")),
+                "judge": None if judge is None else JudgePlan(**judge),
             }
             return cls(**fields | parts)
         except (KeyError, TypeError, ValueError) as error:

@@ -180,3 +180,14 @@ def refuse_release(release: str, protection: str) -> None:
             "was decrypted goes back to a coordinator that has every site's own ciphertext",
             remedy="use `--protection layered`, or take the model from a site: `fed-site model`",
         )
+
+
+def refuse_judge(protection: str, *, ends: bool) -> None:
+    """Raise PlanRefused for training that may end early under `encrypted` (PROTOCOL R), for the reason of
+    `refuse_public_metrics`: when it ends follows from what was decrypted."""
+    if ends and Protection.of(protection).one_key_opens:
+        raise PlanRefused(
+            f"round.judge: found patience or veto under {protection!r}, expected keep alone: the coordinator learns "
+            "when training ends, and nothing that was decrypted goes back to one that has every site's own ciphertext",
+            remedy='use `--protection layered`, or keep = "best" alone: all rounds are run',
+        )

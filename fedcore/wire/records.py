@@ -99,6 +99,11 @@ TO_COORDINATOR: Table[job_messages.ToCoordinator] = {
         job_messages.PublicMetrics, most=METRICS_RECORD, under=lambda plan: plan.public_metrics
     ),
     **travelling(
+        job_messages.TrainingOver,
+        most=SITE_RECORD,
+        under=lambda plan: plan.judge is not None and plan.judge.ends,
+    ),
+    **travelling(
         job_messages.ModelMade, most=SITE_RECORD, under=lambda plan: plan.release == "coordinator"
     ),
 }

@@ -5,14 +5,16 @@ And a frozen backbone, of which nothing travels."""
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
-from town import SITES
+from town import HUB, SITES
 from trained_town import TrainedTown
 
 import fedcore
 from fedcore.files import read_json
 from fedcore.learning.model import single_thread
+from fedcore.secagg.protocol.job_messages import InRound, TrainingOver
 
 LINES = """
 import numpy as np
@@ -75,3 +77,78 @@ def test_deployed_sites_with_a_frozen_backbone_reach_the_model_of_the_simulation
         town = TrainedTown(tmp_path / "town", pool, str(path), settings, SOURCES)
         models, _ = asyncio.run(town.play())
     assert models == {run.result.model_sha256}
+
+
+# ------------------------------------------------------------------ training that the sites end early
+
+WORSE = LINES.replace(
+    "task = Task(",
+    '''
+def train(module, rows, fit):
+    """One step on all rows; site a's push the bias up from the third round on."""
+    x, y = next(iter(rows.batches(len(rows), np.arange(len(rows)))))
+    loss = ((module(x) - y) ** 2).mean()
+    module.zero_grad()
+    loss.backward()
+    for parameter in module.parameters():
+        parameter.data -= fit.lr * parameter.grad
+    if fit.round >= 3 and fit.site == "a":
+        module.bias.data += 2.5
+
+task = Task(train=train, ''',
+)
+ENDING = SETTINGS | {
+    "protection": "masked", "threshold": 3, "rounds": 8, "lr": 0.2, "range": 4.0,
+    "adaptive_range": False, "bits": 20, "judge": "released", "keep": "best",
+    "patience": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def ending(tmp_path):
+    """(the path of a task, the result of its simulation), which ends early."""
+    path = tmp_path / "lines.py"
+    path.write_text(WORSE)
+    with single_thread():
+        run = fedcore.simulate(str(path), sites=SOURCES, out=tmp_path / "run", **ENDING).result
+    assert run.rounds == 5 < ENDING["rounds"]
+    return str(path), run
+
+
+def played(folder, pool, path, **kill):
+    """(the models of the sites, the rows of the coordinator, commits of site b) of a deployed job."""
+    town = TrainedTown(folder, pool, path, ENDING, SOURCES)
+    if kill.pop("deaf", False):  # the coordinator does not get the first word of any site
+        lost = set()
+
+        def passing(sender, receiver, message):
+            if isinstance(message, TrainingOver) and sender not in lost:
+                lost.add(sender)
+                return InRound(message.job, message.site, b"-" * 32)
+            return message
+
+        town.passing = passing
+
+    with single_thread():
+        models, commits = asyncio.run(town.play(**kill))
+    file = folder / HUB / "jobs" / "job" / "rounds.jsonl"
+    return models, [json.loads(line) for line in file.read_text().splitlines()], commits
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_deployed_sites_end_training_where_the_simulation_does(tmp_path, pool, ending, deaf):
+    """deaf: a round is announced that no site joins, and the job ends after it all the same."""
+    path, run = ending
+    models, rows, _ = played(tmp_path / "town", pool, path, deaf=deaf)
+    assert models == {run.model_sha256}
+    released = [(row["purpose"], row["round"]) for row in rows if row["survivors"]]
+    assert released == [("update", k) for k in range(1, 6)]
+    assert any(not row["survivors"] for row in rows) is deaf
+
+
+def test_a_site_that_dies_ends_training_with_the_others(tmp_path, pool, ending):
+    path, run = ending
+    _, _, commits = played(tmp_path / "whole", pool, path)
+    models, rows, _ = played(tmp_path / "killed", pool, path, at=commits - 2, late=True)
+    assert models == {run.model_sha256}
+    assert rows[-1]["round"] == 5

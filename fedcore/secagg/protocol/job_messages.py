@@ -242,6 +242,18 @@ class KeysErased:
     wanted: SiteId
 
 
+@record("TrainingOver")
+class TrainingOver:
+    """A site is at the release of this certificate, by whose sums training is over before its last round.
+
+    Every site of the release says the same, or its state would have another HMAC.
+    """
+
+    job: str
+    site: SiteId
+    certificate: str
+
+
 def model_upload(certificate: str) -> bytes:
     """What a model's upload goes under, where a vector's has the digest of its round's header."""
     return hashlib.sha256(b"fedcore model " + certificate.encode()).digest()
@@ -263,7 +275,7 @@ class JobEnded:
 
 SiteJobMessage = (
     SiteSurvey | SiteUnavailable | PlanAgreed | SiteStatus | InRound | KeysErased |
-    CheckpointSealed | ModelMade | PublicMetrics
+    CheckpointSealed | ModelMade | PublicMetrics | TrainingOver
 )  # fmt: skip
 CoordinatorJobMessage = (
     JobOffer | PlanOffer | CheckpointWanted | CheckpointOffer | ModelWanted | JobEnded

@@ -58,22 +58,31 @@ def released_round(done: PlannedRound | None) -> int:
     return max(0, done.training_round - (not trains(done.purpose))) if done is not None else 0
 
 
-def is_last_model(plan: RoundPlan, done: PlannedRound) -> bool:
-    """Whether the model that this step's release leads to, or measures, is the job's last one."""
+def is_last_model(plan: RoundPlan, done: PlannedRound, *, over: bool = False) -> bool:
+    """Whether the model that this step's release leads to, or measures, is the job's last one. over: training ended
+    with it."""
+    if over:
+        return True
     purpose = purpose_of(done.purpose)
     return purpose.measures and done.training_round == plan.rounds + (not purpose.trains)
 
 
 def check_step(
-    plan: RoundPlan, columns: int, done: PlannedRound | None, header: RoundHeader
+    plan: RoundPlan,
+    columns: int,
+    done: PlannedRound | None,
+    header: RoundHeader,
+    *,
+    over: bool = False,
 ) -> None:
     """A site's view: the announced step comes after the last one released here. Raises HeaderRefused.
 
-    done: None before the first release. Rounds that are not needed may have been abandoned without this site.
+    done: None before the first release. over: no step comes after it. Rounds that are not needed may have been
+    abandoned without this site.
     """
     found = PlannedRound(header.purpose, header.training_round)
     expected = step_after(plan, columns, done, released=True) if done else first_step(plan, columns)
-    if expected is None:
+    if expected is None or over:
         raise HeaderRefused("step", _name(found), "none: the job is done", COORDINATOR)
     step: PlannedRound | None = expected
     while step is not None and step != found:

@@ -188,8 +188,17 @@ def test_the_page_about_jobs_has_the_table():
         dict.fromkeys(each.setting for each in UNSUPPORTED),
     )
     cells = {(setting, kind): "yes" for setting in settings for kind in kinds}
-    cells |= {(limit.setting, limit.kind): f"no: {limit.reason}" for limit in UNSUPPORTED}
+    for limit in UNSUPPORTED:
+        setting, value = limit.but_with or ("", "")
+        but = f'with `{setting.partition(".")[2]} = "{value}"` only' if setting else "no"
+        cells[limit.setting, limit.kind] = f"{but}: {limit.reason}"
     assert rows == [
         f"| `{name}` | " + " | ".join(cells[name, kind] for kind in kinds) + " |"
         for name in settings
     ]
+
+
+def test_a_deployment_keeps_its_best_model_and_ends_early_by_released_metrics():
+    settings = {"judge": "released", "keep": "best", "patience": 3, "max_examples": 64}
+    job = build_job(settings)
+    assert build_job(read_settings(canonical(wire_settings(job)))).round == job.round

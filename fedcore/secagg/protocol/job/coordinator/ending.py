@@ -66,7 +66,7 @@ class JobEnd:
         awaited, asked = self._model.awaited(spent, at)
         if awaited:
             return asked
-        text = ""
+        text = "the sites ended training before its last round" if facts.over else ""
         if self._model.given and not self._model.here:
             why = self._model.lacking(facts.able(at))
             text = f"without the model: {why or 'no site gave it in time'}"

@@ -133,7 +133,8 @@ class JobFacts:
     sizes: bytes of one protected vector by purpose; threshold: t, 0 until the settings were read;
     withdrawn: sites whose certificate was revoked under the present key epoch; evicted: sites that an
     operator sent away, as the coordinator has it; rounds, metrics: rows for people, one a round and one a
-    release whose metrics are public; outcome: once it is on disk.
+    release whose metrics are public; over: training ended before its last round, by the word of the sites; outcome:
+    once it is on disk.
     """
 
     federation: str
@@ -150,6 +151,7 @@ class JobFacts:
     certificate: Certificate | None = None
     withdrawn: frozenset[SiteId] = frozenset()
     evicted: AbstractSet[str] = frozenset()
+    over: bool = False
     outcome: job_messages.JobEnded | None = None
     sites: dict[SiteId, SiteView] = field(init=False)
     progress: Progress = field(default_factory=Progress)

@@ -47,7 +47,7 @@ class ModelHandover:
             return "the last round was abandoned"
         header = certificate.header
         done = schedule.PlannedRound(header.purpose, header.training_round)
-        if not schedule.is_last_model(plan, done):
+        if not schedule.is_last_model(plan, done, over=self._facts.over):
             return "the last round was abandoned"
         reported = Counter(self.reported.values())
         silent = sum(name not in self.reported for name in sites)

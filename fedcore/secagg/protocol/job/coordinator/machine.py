@@ -12,6 +12,7 @@ from fedcore.secagg.protocol import epoch, job_messages, messages, schedule
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator import events
 from fedcore.secagg.protocol.job.coordinator.catch_up import CatchUp
+from fedcore.secagg.protocol.job.coordinator.early_end import EarlyEnd
 from fedcore.secagg.protocol.job.coordinator.ending import RETRY_SECONDS, JobEnd
 from fedcore.secagg.protocol.job.coordinator.epochs import EpochDriver
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
@@ -51,6 +52,7 @@ class JobMachine:
         self.catch_up = CatchUp(self.facts)
         self.metrics = Metrics(self.facts)
         self.model = ModelHandover(self.facts)
+        self.early_end = EarlyEnd(self.facts)
         self.ending = JobEnd(self.facts, self.epochs, self.catch_up, self.metrics, self.model)
         self.tick_at = 0.0
         """Clock seconds at which `TimePassed` is due."""
@@ -280,6 +282,8 @@ class JobMachine:
                 self.do(self.metrics.take(name, message))
             case job_messages.ModelMade():
                 self.do(self.model.take(name, message))
+            case job_messages.TrainingOver():
+                self.do(self.early_end.take(name, message))
             case epoch.EpochKey() | epoch.Grants() | epoch.Grant() | epoch.KeyHeld():
                 self.epoch_step(epoch.FromSite(name, message))
             case messages.Submit():

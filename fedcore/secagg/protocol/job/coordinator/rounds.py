@@ -256,6 +256,10 @@ class RoundDriver:
         released = isinstance(stage, coordinator.Released)
         row = self._row(stage, step, at)
         facts.step = schedule.step_after(facts.plan, facts.features, step, released=released)
+        if (
+            facts.over
+        ):  # this round was announced before enough sites had said so, and none of them joined it
+            facts.step = None
         values = {
             "stage": encode(stage), "step": encode(facts.step), **facts.rounds.entry(row)
         }  # fmt: skip

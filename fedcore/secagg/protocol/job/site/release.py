@@ -103,10 +103,12 @@ class PublicRelease:
             raise HeaderRefused(
                 "model", "it asked for", "nothing: it stays at the sites", COORDINATOR
             )
-        done = self._states.current.done if self._states.current is not None else None
+        state = self._states.current
+        done = state.done if state is not None else None
         if done is None or over or not isinstance(self._rounds.stage, site.Idle):
             return False
-        if not schedule.is_last_model(self._plan, done):
+        assert state is not None
+        if not schedule.is_last_model(self._plan, done, over=bool(state.over)):
             raise HeaderRefused(
                 "model", "it asked for before the last round", "it after that", COORDINATOR
             )

@@ -18,7 +18,7 @@ from fedcore.secagg.protocol.job.site import events
 from fedcore.secagg.protocol.job.site import states as site_states
 from fedcore.secagg.protocol.job.site.participation import Agreed, HeldKeys, Participation
 from fedcore.secagg.protocol.job.site.states import StateKeeper, led_to
-from fedcore.secagg.protocol.job_messages import SiteStatus
+from fedcore.secagg.protocol.job_messages import SiteStatus, TrainingOver
 from fedcore.secagg.protocol.messages import COORDINATOR, THIS_SITE, survivors_of
 from fedcore.secagg.protocol.round import site
 from fedcore.secagg.protocol.round.site.stages import SiteProgress
@@ -122,8 +122,8 @@ class RoundDriver:
         try:
             if isinstance(self.stage, site.Idle):
                 assert self._states.current is not None
-                plan, features = self.agreed.plan, self.agreed.features
-                schedule.check_step(plan, features, self._states.current.done, header)
+                plan, features, state = self.agreed.plan, self.agreed.features, self._states.current
+                schedule.check_step(plan, features, state.done, header, over=bool(state.over))
                 self.announced = now
             invited = site.Invited(announce, self._tag_for(header))
             yield from self.step(invited, now, refusing=False)
@@ -199,7 +199,7 @@ class RoundDriver:
         stage, secrets = self.stage, self._keys.secrets
         if not isinstance(stage, site.Opening) or not stage.header.layers.masks:
             return None
-        if secrets is None or state.done is None or self.part.out:
+        if secrets is None or state.done is None or state.over or self.part.out:
             return None
         plan, features = self.agreed.plan, self.agreed.features
         step = schedule.step_after(plan, features, state.done, released=True)
@@ -387,7 +387,12 @@ class RoundDriver:
             number = (
                 at.round if ahead is None else ahead.header.round - 1
             )  # it can still join that round
-            where = SiteStatus(self.part.job, self._me.id, at.epoch, at.certificate, number)
+            state, job, me = self._states.current, self.part.job, self._me.id
+            if (
+                state is not None and state.over
+            ):  # first: a site at rest is invited to the next round
+                yield effects.Send(COORDINATOR, TrainingOver(job, me, at.certificate))
+            where = SiteStatus(job, me, at.epoch, at.certificate, number)
             yield effects.Send(COORDINATOR, where)
         yield effects.Report("waiting")
 
