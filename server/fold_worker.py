@@ -63,7 +63,7 @@ class _Part:
         self._packing = Packing(bits, sites, fields, Ring(*ring) if ring else None)
         self._slots, self._of = request["slots"], request["of"]
         self._first, self._chunks = request["first"], request["chunks"]
-        self._make = _maker(self._packing, self._slots, self._first)
+        self._make = _maker(self._packing, self._slots, self._first, whole=self._of == 1)
         self._sum = self._make()
         self._beside: _Mergeable | None = None
 
@@ -117,8 +117,11 @@ def _place(path: Path) -> tuple[str, ...]:
     return "part of a sum", path.name
 
 
-def _maker(packing: Packing, slots: int, first_chunk: int) -> Callable[[], _Mergeable]:
-    """How an empty fold of this range is made: ciphertexts, or words where nothing encrypts them."""
+def _maker(
+    packing: Packing, slots: int, first_chunk: int, *, whole: bool
+) -> Callable[[], _Mergeable]:
+    """How an empty fold of this range is made: ciphertexts, or words where nothing encrypts them. whole: whether this
+    one chunk is the whole vector."""
     if packing.ring is None:
         from fedcore.secagg.crypto.masked import MaskedFold
 
@@ -126,7 +129,7 @@ def _maker(packing: Packing, slots: int, first_chunk: int) -> Callable[[], _Merg
     from fedcore.secagg.crypto.bfv import Courier, EncryptedFold, PublicContext
 
     public, courier = PublicContext.of(packing), Courier()
-    return lambda: EncryptedFold(public, slots, courier, first_chunk=first_chunk)
+    return lambda: EncryptedFold(public, slots, courier, first_chunk=first_chunk, seeds=whole)
 
 
 def _handle(parts: dict[str, _Part], request: Json, blobs: Sequence[bytes]) -> None:

@@ -176,9 +176,10 @@ def describe_plan(plan: RoundPlan) -> Json:
     layout = VectorLayout(plan.update_vector, packing, len(plan.sites))
     up = down = layout.slots * packing.slot_bits // 8
     if ring:
-        from fedcore.secagg.crypto.bfv import vector_size
+        from fedcore.secagg.crypto.bfv import sum_size, vector_size
 
-        up, down = (vector_size(ring, layout.blocks, polynomials) for polynomials in (1, 2))
+        up = vector_size(ring, layout.blocks, 1)
+        down = sum_size(ring, layout.blocks, len(plan.sites))
         needed, available = ring.headroom(packing.max_sites, packing.slot_bits)
         headroom = {
             "rule": "43 n + 1 < q / t",

@@ -201,7 +201,8 @@ class Scheme:
     def fold(self, slots: int) -> UnmaskableFold:
         if self._public is None:
             return MaskedFold(self.plan.packing, slots)
-        return bfv.EncryptedFold(self._public, slots, self._courier)
+        short = slots <= bfv.BLOCKS_PER_CHUNK * self._public.ring.degree
+        return bfv.EncryptedFold(self._public, slots, self._courier, seeds=short)
 
 
 def vector_sizes(plan: RoundPlan, features: int) -> dict[str, int]:

@@ -53,8 +53,11 @@ _SEED_BLOCK = 81
 
 _CHUNK_HEADER = struct.Struct("<4sBBH8sI")
 _MAGIC = b"FCB1"
-_SEEDED, _FULL = 1, 2
-"""Kinds of chunks, which are also the number of polynomials whose words they carry."""
+_SEEDED, _FULL, _SUMMED = 1, 2, 3
+"""Kinds of chunks: of an upload; of a sum, with the words of both polynomials (the number of polynomials of these two
+is their kind); of a sum, with the summands' seeds in place of the second polynomial."""
+_MOST_SEEDS = 255
+"""Summands that the header of a chunk can count."""
 _SEED_BYTES = 65
 """Bytes of the seed block that travel: the generator's type and the seed itself."""
 
@@ -282,8 +285,28 @@ def chunk_size(ring: Ring, kind: int, count: int) -> int:
 
 
 def vector_size(ring: Ring, blocks: int, kind: int) -> int:
-    """Bytes of all chunks of a vector of `blocks` ciphertexts; kind 1 is an upload, 2 a sum."""
+    """Bytes of all chunks of a vector of `blocks` ciphertexts; kind 1 is an upload, 2 a sum of two polynomials."""
     return sum(chunk_size(ring, kind, count) for _, count in _counts(blocks))
+
+
+def sum_size(ring: Ring, blocks: int, sites: int) -> int:
+    """Bytes of all chunks of a sum of so many sites: with their seeds where it is one chunk and that is shorter."""
+    if blocks <= BLOCKS_PER_CHUNK and _seeds_are_shorter(ring, sites):
+        return _summed_size(ring, blocks, sites)
+    return vector_size(ring, blocks, _FULL)
+
+
+def _seeds_are_shorter(ring: Ring, summands: int) -> bool:
+    """Whether so many seeds are fewer bytes than the words of a polynomial."""
+    short = _SEED_BYTES * summands < packed_size(ring.degree, ring.modulus_bits)
+    return summands <= _MOST_SEEDS and short
+
+
+def _summed_size(ring: Ring, count: int, summands: int) -> int:
+    """Bytes of a chunk of `count` summed ciphertexts, with the seeds of so many summands each."""
+    return _CHUNK_HEADER.size + count * (
+        _SEED_BYTES * summands + packed_size(ring.degree, ring.modulus_bits)
+    )
 
 
 def _write_chunk(
@@ -292,6 +315,38 @@ def _write_chunk(
     count = len(words) // (public.ring.degree * kind)
     header = _CHUNK_HEADER.pack(_MAGIC, kind, 0, count, public.digest, first)
     return header + b"".join(seeds) + pack_words(words, public.ring.modulus_bits)
+
+
+def _write_summed(public: PublicContext, seeds: Sequence[Sequence[bytes]], words: Words) -> bytes:
+    """A sum's only chunk: the seeds of all summands of each ciphertext, and the words of the first polynomials."""
+    header = _CHUNK_HEADER.pack(_MAGIC, _SUMMED, len(seeds[0]), len(seeds), public.digest, 0)
+    flat = b"".join(seed for each in seeds for seed in each)
+    return header + flat + pack_words(words, public.ring.modulus_bits)
+
+
+def _read_summed(
+    public: PublicContext, chunk: bytes, count: int
+) -> tuple[NDArray[np.uint8], Words] | None:
+    """The seeds (count, summands, 65) and first polynomials (count, N) of a sum's only chunk; None for one of another
+    kind. Raises ChunkRefused."""
+    if len(chunk) < _CHUNK_HEADER.size:
+        return None
+    magic, kind, summands, found, digest, first = _CHUNK_HEADER.unpack_from(chunk)
+    if (magic, kind) != (_MAGIC, _SUMMED):
+        return None
+    ring, place = public.ring, _CHUNK_HEADER.size
+    if (found, digest, first) != (count, public.digest, 0) or not summands:
+        raise ChunkRefused("sum: found a chunk of other ciphertexts or parameters")
+    if len(chunk) != _summed_size(ring, count, summands):
+        expected = _summed_size(ring, count, summands)
+        raise ChunkRefused(f"sum: found {len(chunk)} bytes, expected {expected}")
+    seeds = np.frombuffer(chunk, np.uint8, _SEED_BYTES * summands * count, place)
+    words = unpack_words(
+        memoryview(chunk)[place + len(seeds) :], ring.modulus_bits, count * ring.degree
+    )
+    if (words >= ring.modulus).any():
+        raise ChunkRefused("sum: a coefficient is not below the modulus")
+    return seeds.reshape(count, summands, _SEED_BYTES), words.reshape(count, -1)
 
 
 def _read_chunk(
@@ -390,15 +445,30 @@ class EncryptedSealer:
             if received > len(places):
                 raise ChunkRefused(f"sum: found more than the expected {len(places)} chunks")
             first, count = places[received - 1]
+            summed = _read_summed(self._public, chunk, count) if len(places) == 1 else None
+            if summed is not None:
+                for row, (seeds, polynomial) in enumerate(zip(*summed, strict=True)):
+                    self._decrypt(self._summed(seeds, polynomial), rows[row])
+                continue
             _, words = _read_chunk(self._public, _FULL, chunk, first, count)
             for row in range(count):
-                self._decrypt(words[row], rows[first + row])
+                tail = words[row].astype("<u8").tobytes()
+                self._decrypt(_load(self._courier, self._public, _FULL, tail), rows[first + row])
         if received != len(places):
             raise ChunkRefused(f"sum: found {received} chunks, expected {len(places)}")
         return total
 
-    def _decrypt(self, words: Words, out: Slots) -> None:
-        ciphertext = _load(self._courier, self._public, _FULL, words.astype("<u8").tobytes())
+    def _summed(self, seeds: NDArray[np.uint8], words: Words) -> Any:
+        """The sum of ciphertexts: the words of its first polynomial, and the sum of what the seeds expand to."""
+        first, *others = seeds
+        total = _load_seeded(self._courier, self._public, words, first)
+        none, evaluator = np.zeros_like(words), self._public.api.Evaluator(self._public.seal)
+        for seed in others:
+            other = _load_seeded(self._courier, self._public, none, seed)
+            evaluator.add_inplace(total, other)
+        return total
+
+    def _decrypt(self, ciphertext: Any, out: Slots) -> None:
         plain = self._public.api.Plaintext()
         self._secret.decryptor.decrypt(ciphertext, plain)
         # SEAL drops leading zeros, so the stream may have fewer than N coefficients.
@@ -456,11 +526,21 @@ def _load(courier: Courier, public: PublicContext, kind: int, tail: bytes) -> An
         raise ChunkRefused(f"ciphertext: SEAL refuses it ({error})") from error
 
 
+def _load_seeded(
+    courier: Courier, public: PublicContext, words: Words, seed: NDArray[np.uint8]
+) -> Any:
+    """A ciphertext of these words and what the seed expands to."""
+    tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed.tobytes()
+    return _load(courier, public, _SEEDED, tail)
+
+
 class EncryptedFold:
     """The coordinator's side of `encrypted` and `layered`: one running sum of ciphertexts.
 
     Memory is one sum of `slots` slots, for any number of sites. It has public parameters only.
     With `first_chunk` it is the fold of a part: `slots` slots from that chunk on.
+    seeds: whether `total` gives the summands' seeds in place of the second polynomial's words, where these are longer:
+    for a vector of one chunk, whose transfer takes longer than a site takes to expand them.
     """
 
     def __init__(
@@ -470,12 +550,14 @@ class EncryptedFold:
         courier: Courier | None = None,
         *,
         first_chunk: int = 0,
+        seeds: bool = False,
     ) -> None:
         self._public, self._first = public, first_chunk * BLOCKS_PER_CHUNK
         self._courier = courier or Courier()
         self._blocks = _blocks(public.ring, slots)
         self._evaluator = public.api.Evaluator(public.seal)
         self._total: list[Any] = [None] * self._blocks
+        self._seeds: list[list[bytes]] | None = [[] for _ in self._total] if seeds else None
         self._removed = False
 
     def add(self, index: int, chunk: bytes) -> None:
@@ -490,14 +572,14 @@ class EncryptedFold:
                 f"{lowest + (self._blocks - 1) // BLOCKS_PER_CHUNK}"
             )
         seeds, words = _read_chunk(self._public, _SEEDED, chunk, self._first + first, count)
-        header = _seal_header(_SEED_BLOCK)
-        tails = (
-            w.astype("<u8").tobytes() + header + s.tobytes()
-            for w, s in zip(words, seeds, strict=True)
-        )
-        self._accumulate(
-            first, [_load(self._courier, self._public, _SEEDED, tail) for tail in tails]
-        )
+        found = [
+            _load_seeded(self._courier, self._public, word, seed)
+            for word, seed in zip(words, seeds, strict=True)
+        ]
+        self._accumulate(first, found)
+        if self._seeds is not None:
+            for place, seed in enumerate(seeds, start=first):
+                self._seeds[place].append(seed.tobytes())
 
     def merge(self, other: EncryptedFold) -> None:
         """Add another fold's sum of the same part; the other must not be used afterwards. Raises ChunkRefused
@@ -506,6 +588,9 @@ class EncryptedFold:
         if self._removed or other._removed:
             raise ChunkRefused("sum: the masks are already off")
         self._accumulate(0, other._total)
+        if self._seeds is not None and other._seeds is not None:
+            for mine, more in zip(self._seeds, other._seeds, strict=True):
+                mine.extend(more)
 
     def _accumulate(self, first: int, ciphertexts: Sequence[Any]) -> None:
         """Add ciphertexts to those of the sum from index `first` on."""
@@ -534,6 +619,15 @@ class EncryptedFold:
     def total(self) -> Iterator[bytes]:
         self._refuse_gaps()
         degree = self._public.ring.degree
+        summands = {len(each) for each in self._seeds or ()}
+        if self._seeds is not None and _seeds_are_shorter(self._public.ring, max(summands)):
+            if len(summands) > 1:
+                raise ChunkRefused("sum: its ciphertexts are of different numbers of vectors")
+            bodies = (self._courier.take(each) for each in self._total)
+            rows = [_words_of(self._public, _FULL, body)[:degree] for body in bodies]
+            in_order = list(map(sorted, self._seeds))  # the same bytes, whatever was folded first
+            yield _write_summed(self._public, in_order, np.concatenate(rows))
+            return
         for first, count in _counts(self._blocks):
             words = np.empty((count, 2 * degree), dtype=np.uint64)
             for row in range(count):

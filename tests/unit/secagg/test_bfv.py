@@ -244,6 +244,79 @@ def test_no_more_is_encrypted_ahead_than_fits_the_memory_set_aside():
     assert len(sealer._ahead) == 2
 
 
+# --------------------------------------------------------------------- sums with summands' seeds
+
+
+@pytest.mark.parametrize("ring", [SMALL, LARGE])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_sum_with_the_summands_seeds_opens_to_the_same_slots_in_fewer_bytes(ring, blocks):
+    """The words of the second polynomial are what the seeds expand to, added up: with masks off, in any order."""
+    public, size = PublicContext(ring, 40), blocks * ring.degree
+    sealer, rng = EncryptedSealer(SecretContext(public)), np.random.default_rng(9)
+    rows = rng.integers(0, 2**38, (4, size), dtype=np.uint64)
+    mask = rng.integers(0, 2**40, size, dtype=np.uint64)
+    uploads = [next(iter(sealer.protect(row))) for row in rows]
+    sums = []
+    for seeds in (False, True):
+        fold, beside = (EncryptedFold(public, size, seeds=seeds) for _ in range(2))
+        for place in (2, 0, 1):
+            fold.add(0, uploads[place])
+        beside.add(0, uploads[3])
+        fold.merge(beside)
+        fold.remove(mask)
+        sums.append(list(fold.total()))
+    (full,), (short,) = sums
+    assert (
+        len(short)
+        == bfv.sum_size(ring, blocks, 4)
+        == len(full) - blocks * (ring.degree * ring.modulus_bits // 8 - 4 * 65)
+    )
+    expected = (rows.sum(axis=0) - mask) % np.uint64(2**40)
+    for chunk in (full, short):
+        assert (sealer.open([chunk], size) == expected).all()
+    seeds, words = bfv._read_summed(public, short, blocks)
+    for row in range(blocks):
+        summed = bfv._words_of(public, FULL, Courier().take(sealer._summed(seeds[row], words[row])))
+        assert summed.tolist() == read_chunk(public, FULL, full, blocks).words[row].tolist()
+
+
+def test_seeds_are_sent_only_where_they_are_shorter_and_the_vector_is_one_chunk(blocks_per_chunk):
+    public = PublicContext(SMALL, 40)
+    (upload,) = EncryptedSealer(SecretContext(public)).protect(np.arange(2048, dtype=np.uint64))
+    for sites, short in ((212, True), (213, False)):  # 13,824 bytes of words, 65 a seed
+        fold = EncryptedFold(public, 2048, seeds=True)
+        for _ in range(sites):
+            fold.add(0, upload)
+        (total,) = fold.total()
+        assert len(total) == bfv.sum_size(SMALL, 1, sites)
+        assert (len(total) < vector_size(SMALL, 1, 2)) == short
+    blocks_per_chunk(2)
+    assert bfv.sum_size(SMALL, 3, 4) == vector_size(SMALL, 3, 2)
+
+
+def test_a_sum_with_seeds_that_is_cut_changed_or_of_other_parameters_is_refused():
+    public, size = PublicContext(SMALL, 40), 2 * 2048
+    sealer = EncryptedSealer(SecretContext(public))
+    fold = EncryptedFold(public, size, seeds=True)
+    for _ in range(2):
+        fold.add(0, next(sealer.protect(np.arange(size, dtype=np.uint64))))
+    (good,) = fold.total()
+    sealer.open([good], size)
+    other = PublicContext(SMALL, 41).digest
+    top = good[: 20 + 2 * 2 * 65] + b"\xff" * (2 * 13_824)
+    wrong = {
+        "cut": good[:-1], "longer": good + b"x", "no seed": good[:5] + b"\x00" + good[6:],
+        "three seeds": good[:5] + b"\x03" + good[6:], "one block": good[:6] + b"\x01\x00" + good[8:],
+        "parameters": good[:8] + other + good[16:], "another place": good[:16] + b"\x01" + good[17:],
+        "beyond the modulus": top, "empty": b"", "another kind": good[:4] + b"\x04" + good[5:],
+    }  # fmt: skip
+    for chunk in wrong.values():
+        with pytest.raises(ChunkRefused):
+            sealer.open([chunk], size)
+    with pytest.raises(ChunkRefused):  # it is a sum, and no upload
+        EncryptedFold(public, size).add(0, good)
+
+
 # --------------------------------------------------------------- masks taken off an encrypted sum
 
 

@@ -20,7 +20,13 @@ from fedcore_server.fold_worker import chunk_slots
 from fedcore_server.folding import FoldPool
 
 from fedcore.errors import BadInput, ChunkRefused, StoreFull, StoreProblem
-from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
+from fedcore.secagg.crypto.bfv import (
+    BLOCKS_PER_CHUNK,
+    EncryptedFold,
+    EncryptedSealer,
+    PublicContext,
+    SecretContext,
+)
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks, mask_sum
 from fedcore.secagg.crypto.secret import SecretBytes
@@ -133,7 +139,8 @@ def test_the_sum_is_that_of_one_fold_and_of_the_plain_slots(any_pool, spool, pro
     if made.packing.ring is None:
         oracle = MaskedFold(made.packing, made.slots)
     else:
-        oracle = EncryptedFold(PublicContext.of(made.packing), made.slots)
+        public = PublicContext.of(made.packing)
+        oracle = EncryptedFold(public, made.slots, seeds=blocks <= BLOCKS_PER_CHUNK)
     for path in made.paths:
         for index, chunk in enumerate(container.read(path)):
             oracle.add(index, chunk)
