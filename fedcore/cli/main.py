@@ -226,8 +226,7 @@ def up(
     if elsewhere is not None:
         for line in rehearsal.machine_lines(run, elsewhere):
             say(line)
-    rehearsal.require_equal(run)
-    say(f"the deployment's model is the simulation's, bit for bit: {run.result.model_sha256}")
+    say(rehearsal.require_equal(run))
 
 
 @job_command(

@@ -1,7 +1,7 @@
 """`fedcore reproduce`: repeat a finished run and compare, row by row, whether the bits are the same."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from fedcore.experiment.loop import STOP, OnStep
 from fedcore.experiment.prepare import stored_job
 from fedcore.files import read_result, read_rounds
 from fedcore.learning.task import Task
-from fedcore.results import ComparisonResult, Result, RoundRow, SplitResult
+from fedcore.results import ByMetric, ComparisonResult, Result, RoundRow, SplitResult
 from fedcore.seeds import hash_seed
 
 _MEASURED = ("seconds", "peak_memory")
@@ -20,8 +20,8 @@ _MEASURED = ("seconds", "peak_memory")
 
 
 NOISE = (
-    "the noise of a job with privacy is new in every run, so the federated model and its metrics are other ones; its "
-    "survivors and the other arms were compared"
+    "the noise of a job with privacy, and its secret samples, which are new in every run, so the federated model and "
+    "its metrics are other ones; its survivors and the other arms were compared"
 )
 
 
@@ -99,12 +99,30 @@ def reproduce(
 
 def _compared(old: ComparisonResult, new: ComparisonResult) -> Reproduction:
     difference, hashes = "", ("", "")
+    private = bool(old.plan["train"].get("privacy"))
     for a, b in zip(old.cells, new.cells, strict=False):
         hashes = (a.model_sha256, b.model_sha256)
-        if a != b:
+        if (a != b) if not private else (_repeatable(a) != _repeatable(b)):
             difference = f"seed {a.seed}, fold {a.fold}: the split's arms differ"
             break
-    return Reproduction(not difference, hashes, difference, _changes(old, new), _causes(old))
+    return Reproduction(
+        not difference,
+        hashes,
+        difference,
+        _changes(old, new),
+        _causes(old),
+        NOISE if private else "",
+    )
+
+
+def _repeatable(split: SplitResult) -> object:
+    """What of a split has no noise in it."""
+
+    def others(arms: Mapping[str, ByMetric]) -> Mapping[str, ByMetric]:
+        return {name: values for name, values in arms.items() if name != "federated"}
+
+    of_sites = {site: others(arms) for site, arms in split.per_site.items()}
+    return split.seed, split.fold, others(split.arms), of_sites, split.constant
 
 
 def _first_difference(

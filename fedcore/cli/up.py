@@ -272,18 +272,21 @@ def machine_lines(run: Run, address: tuple[str, int]) -> list[str]:
     ]
 
 
-def require_equal(run: Run) -> None:
-    """Raise TaskFailed if the deployment gave another model than the run in one process; in a job with privacy, if the
-    sites have different ones."""
+def require_equal(run: Run) -> str:
+    """What was found equal, in words. Raise TaskFailed if the deployment gave another model than the run in one
+    process; in a job with privacy, if the sites have different ones."""
     found = run.result.deployment
     if found is None or found.equal:
-        return
+        return f"the deployment's model is the simulation's, bit for bit: {run.result.model_sha256}"
     where = f"both are kept: {run.directory}/model.safetensors is the deployment's"
     if found.model_sha256 is None:
         hashes = ", ".join(f"{site} {digest[:12]}" for site, digest in found.sites.items())
         raise TaskFailed(f"deployment: found sites with different models ({hashes}), expected one")
     if run.result.plan["train"].get("privacy"):
-        return  # the noise is new in every run, so only that all sites have one model can be checked
+        return (
+            f"all sites of the deployment have one model, {found.model_sha256}; the simulation's is another one, since "
+            "the noise of a job with privacy is new in every run"
+        )
     sites = len(run.result.sites)
     missed = [n for n, left in enumerate(found.survivors, start=1) if len(left) < sites]
     why = f"sites were missing in round {missed[0]}" if missed else random_causes(hash_seed())

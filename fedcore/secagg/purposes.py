@@ -16,6 +16,7 @@ from fedcore.learning.data.statistics import statistics_vector
 from fedcore.learning.released import OpenedSum, applied, calibrated, measured, standardised
 from fedcore.secagg.algorithms import algorithm_of
 from fedcore.secagg.plan import RoundPlan, VectorSpec
+from fedcore.secagg.privacy.privacy_plan import IN_SUM, SITE, PrivacyPlan
 
 if TYPE_CHECKING:
     from fedcore.config import Job
@@ -54,10 +55,7 @@ class Purpose:
 
 
 _TEST = "the sums of this site's metrics on its test rows"
-_WITH_NOISE = (
-    "the sum of the clipped gradients of this site's training rows with this site's share of the noise in it, and "
-    "zeros in the place of counts and metrics"
-)
+_ZEROS = "and zeros in the place of counts and metrics"
 
 
 def _times(rounds: int) -> str:
@@ -68,6 +66,20 @@ def _but_for(job: Job) -> str:
     """Which parameters a job leaves out of its updates, in words."""
     names = [*job.train.local_parameters, *job.train.frozen_parameters]
     return f" but for {', '.join(names)}" if names else ""
+
+
+def _with_noise(privacy: PrivacyPlan) -> str:
+    """What a vector holds of a site under privacy."""
+    of_rows = "the sum of the clipped gradients of this site's training rows"
+    if privacy.sample_rate < 1:
+        of_rows += f", each taken with probability {privacy.sample_rate:g}"
+    what = "the clipped update of this site's training" if privacy.unit == SITE else of_rows
+    noise = (
+        "this site's share of the noise"
+        if privacy.noise == IN_SUM
+        else "noise that is enough alone"
+    )
+    return f"{what}, with {noise} in it"
 
 
 def _second_block(job: Job) -> str:
@@ -114,7 +126,7 @@ PURPOSES = {
             contribute=lambda site, plan, step, state: site.update(plan, step, state),
             apply=applied,
             leaving=lambda job, terms: (
-                f"update ({_times(job.round.rounds)}): {_WITH_NOISE}"
+                f"update ({_times(job.round.rounds)}): {_with_noise(terms.privacy)}, {_ZEROS}"
                 if terms.privacy is not None
                 else f"update ({_times(job.round.rounds)}): how training here changed the parameters of the "
                 f"model{_but_for(job)}, {_second_block(job)}the number of training rows, how many coordinates exceed "

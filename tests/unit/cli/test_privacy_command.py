@@ -1,10 +1,14 @@
 """`fedcore privacy`: what a job with privacy promises, before it runs, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from fedcore.cli import main as commands
+from fedcore.cli.up import require_equal
+from fedcore.errors import TaskFailed
+from fedcore.results.run_facts import DeployedRun
 
 JOB = (
     "--epsilon",
@@ -83,3 +87,28 @@ def test_bad_input_is_one_line_with_a_hint(given, code, found, capsys):
     assert len(errors) == 2 and errors[0].startswith(f"error: {found}"), errors
     assert errors[1].startswith("hint: ")
     assert said.out == ""
+
+
+def rehearsed(private, **changes):
+    """A run of `fedcore up` whose deployment has another model than the run in one process."""
+    facts = {
+        "job": "j", "model_sha256": "d" * 64, "sites": {"a": "d" * 64}, "seconds": 1.0, "round_seconds": (),
+        "folder": "",
+        "survivors": (), "processes": (), "equal": False, "simulated_sha256": "s" * 64,
+    }  # fmt: skip
+    plan = {"train": {"privacy": {"epsilon": 3}} if private else {}}
+    result = SimpleNamespace(
+        deployment=DeployedRun(**facts | changes), plan=plan, sites=("a",), model_sha256="s" * 64
+    )
+    return SimpleNamespace(result=result, directory="run")
+
+
+def test_up_does_not_say_that_noise_was_repeated():
+    said = require_equal(rehearsed(private=True))
+    assert said.startswith(f"all sites of the deployment have one model, {'d' * 64}")
+    assert "bit for bit" not in said
+    assert "bit for bit" in require_equal(rehearsed(private=False, equal=True))
+    with pytest.raises(TaskFailed, match="expected ssssssssssss as in one process"):
+        require_equal(rehearsed(private=False))
+    with pytest.raises(TaskFailed, match="sites with different models"):
+        require_equal(rehearsed(private=True, model_sha256=None))

@@ -151,6 +151,26 @@ def test_reproduce_compares_everything_but_the_noise(tmp_path):
     assert "arm local_only: auc" in reproduce(tmp_path / "run").difference
 
 
+def test_reproduce_of_a_comparison_compares_the_arms_without_noise(tmp_path):
+    settings = {
+        **SETTINGS,
+        "rounds": 1,
+        "arms": ["centralised", "federated"],
+        "resamples": 0,
+        "folds": 2,
+    }
+    settings |= {"noise": "site", "protection": "plain"}
+    fedcore.compare("heart", seeds=1, workers=1, out=tmp_path / "all", **settings)
+    found = reproduce(tmp_path / "all")
+    assert found.same, found.difference
+    assert "secret samples" in found.except_for
+    result = tmp_path / "all" / "result.json"
+    stored = json.loads(result.read_text())
+    stored["cells"][0]["arms"]["centralised"]["auc"] += 0.1
+    result.write_text(json.dumps(stored))
+    assert "seed 0, fold 0: the split's arms differ" in reproduce(tmp_path / "all").difference
+
+
 def test_gap_has_a_part_for_privacy_and_the_parts_add_up(tmp_path):
     settings = {**SETTINGS, "rounds": 3, "resamples": 0}
     del settings["arms"]

@@ -138,6 +138,14 @@ def test_label_and_leaving_lines_state_the_bound():
     leaves = "\n".join(leaving_of(job, terms))
     assert "clipped gradients" in leaves
     assert "range" not in leaves and "metrics (" not in leaves
+    assert "with this site's share of the noise in it, and zeros in the place of counts" in leaves
+    other = build_job({"epsilon": 3, "noise": "site", "sample_rate": 0.5})
+    leaves = "\n".join(leaving_of(other, Terms.of_job(other, 4)))
+    assert "each taken with probability 0.5, with noise that is enough alone in it" in leaves
+    whole = build_job({"epsilon": 3, "noise": "site", "unit": "site", "protection": "encrypted"})
+    assert "the clipped update of this site's training" in "\n".join(
+        leaving_of(whole, Terms.of_job(whole, 100))
+    )
 
 
 def test_sum_of_fields_is_the_sum_of_gradients_and_of_all_shares():
