@@ -358,7 +358,6 @@ class Site:
             await asyncio.gather(*tasks, return_exceptions=True)
             for found in self.jobs.values():
                 await found.close()
-            self._take_commands()
             self._write_status(running=False)
 
     async def _erase_old_keys(self) -> None:

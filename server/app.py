@@ -112,13 +112,11 @@ def serve(config: FederationConfig, show: Callable[[str], None]) -> None:
         _folder_lock(config),
         open_journal(config, kit, show) as journal,
         AuditTrail.open(config.folder, signer, audit_facts(config, kit, rosters.current)) as audit,
-        FoldPool(
-            limits.fold_workers, config.folder / "spool" / ".sums", sealed=sealer is not None
-        ) as pool,
+        FoldPool(limits.fold_workers, config.folder / "spool" / ".sums") as pool,
     ):
         enrolments = open_enrolments(config, authority, audit)
         context = CoordinatorContext(
-            config.name, rosters, journal, Spool(config.folder / "spool", limits.spool_bytes, sealer), pool,
+            config.name, rosters, journal, Spool(config.folder / "spool", limits.spool_bytes), pool,
             config.folder,
             Limits(
                 limits.stage_seconds, limits.gather_seconds, limits.minimum_sites,
@@ -221,18 +219,15 @@ async def _serve(
 
 @contextlib.asynccontextmanager
 async def recording_commands(config: FederationConfig, hub: Coordinator) -> AsyncIterator[None]:
-    """Record what operators' commands do to the federation's files: at the start, within a second, and at the end."""
+    """Record, while inside, what operators' commands do to the federation's files, at the start and within a second."""
     files = FederationFiles(config)
-
-    def take() -> None:
-        try:
-            files.take_notes(hub.context.audit.record)
-        except (FedcoreError, OSError) as error:
-            LOG.warning("commands of operators: not recorded: %s", error)
 
     async def follow() -> None:
         while True:
-            await asyncio.to_thread(take)
+            try:
+                await asyncio.to_thread(files.take_notes, hub.context.audit.record)
+            except (FedcoreError, OSError) as error:
+                LOG.warning("commands of operators: not recorded: %s", error)
             await asyncio.sleep(COMMANDS_SECONDS)
 
     following = asyncio.get_running_loop().create_task(follow())
@@ -242,7 +237,6 @@ async def recording_commands(config: FederationConfig, hub: Coordinator) -> Asyn
         following.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await following
-        take()
 
 
 async def _lease_lost(journal: Journal) -> None:

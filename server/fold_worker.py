@@ -1,12 +1,11 @@
 """A fold worker: a process that keeps running sums of ranges of chunks. `folding.py` starts and asks it.
 
-A request names an operation and a job; the seeds of masks are its blob, and a key where parts of sums are encrypted on
-disk. A FedcoreError is an answer, which the
+A request names an operation and a job; the seeds of masks are its blob. A FedcoreError is an answer, which the
 coordinator raises again; any other exception ends the process, and the sums with it.
 """
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -16,14 +15,11 @@ from fedcore.files.disk import refusals
 from fedcore.runtime.pipes import Parent
 from fedcore.secagg.crypto import UnmaskableFold, words
 from fedcore.secagg.crypto.masking import mask_sum
-from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.packing import Packing, Ring
 from fedcore.store import container
-from fedcore.store.sealed_files import FileSealer, SealedWriter
 from fedcore.types import Json
 
 _SEED_BYTES = 32
-PART_KEY_BYTES = 32
 ERRORS = {
     kind.__name__: kind
     for kind in (
@@ -85,8 +81,8 @@ class _Part:
         self._sum.merge(self._beside)
         self._beside = None
 
-    def write(self, path: Path, masks: bytes, key: bytes) -> None:
-        """Take the masks off and write the chunks of the sum, encrypted where there is a key. Raises StoreProblem."""
+    def write(self, path: Path, masks: bytes) -> None:
+        """Take the masks off and write the chunks of the sum. Raises StoreProblem."""
         laid = [
             (masks[at : at + _SEED_BYTES], 1 if masks[at + _SEED_BYTES] == ord("+") else -1)
             for at in range(0, len(masks), _SEED_BYTES + 1)
@@ -96,25 +92,7 @@ class _Part:
             bits = self._packing.slot_bits
             self._sum.remove(mask_sum(laid, self._slots, bits, first=start))
         with refusals("fold", path), path.open("wb") as file:
-            if not key:
-                container.write(file, self._sum.total())
-                return
-            sealed = SealedWriter(file, FileSealer(SecretBytes(key)), *_place(path))
-            container.write(sealed, self._sum.total())
-            sealed.finish()
-
-
-def read_part(path: Path, key: bytes) -> Iterator[bytes]:
-    """The chunks of a part of a sum that a worker wrote. Raises StoreProblem."""
-    if not key:
-        yield from container.read(path)
-        return
-    with FileSealer(SecretBytes(key)).reader(path, *_place(path)) as file:
-        yield from container.read_from(file, path)
-
-
-def _place(path: Path) -> tuple[str, ...]:
-    return "part of a sum", path.name
+            container.write(file, self._sum.total())
 
 
 def _maker(
@@ -132,7 +110,7 @@ def _maker(
     return lambda: EncryptedFold(public, slots, courier, first_chunk=first_chunk, seeds=whole)
 
 
-def _handle(parts: dict[str, _Part], request: Json, blobs: Sequence[bytes]) -> None:
+def _handle(parts: dict[str, _Part], request: Json, payload: bytes) -> None:
     job = request["job"]
     match request["op"]:
         case "begin":
@@ -145,8 +123,7 @@ def _handle(parts: dict[str, _Part], request: Json, blobs: Sequence[bytes]) -> N
             parts[job].prepare(Path(request["path"]))
             parts[job].commit()
         case "sum":  # once: what is left of the masks' seeds and the sum goes with it
-            masks, key = blobs
-            parts.pop(job).write(Path(request["path"]), masks, key)
+            parts.pop(job).write(Path(request["path"]), payload)
         case "end":
             parts.pop(job, None)
 
@@ -158,7 +135,7 @@ def main() -> None:
 
     def answer(request: Json, blobs: list[bytes]) -> tuple[Json, Sequence[bytes]]:
         try:
-            _handle(parts, request, blobs)
+            _handle(parts, request, blobs[0])
         except FedcoreError as error:
             kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in ERRORS)
             return {"error": kind, "text": str(error), "remedy": error.remedy}, []

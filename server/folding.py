@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -25,13 +24,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from fedcore_server import fold_worker
-from fedcore_server.fold_worker import (
-    ERRORS,
-    PART_KEY_BYTES,
-    chunk_slots,
-    packing_form,
-    read_part,
-)
+from fedcore_server.fold_worker import ERRORS, chunk_slots, packing_form
 from fedcore_server.job_disk import JobDisk
 
 from fedcore.errors import BadInput, ChunkRefused, DataLost, FedcoreError, StoreFull, StoreProblem
@@ -42,6 +35,7 @@ from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol.effects import Mask, RemoveMasks
 from fedcore.secagg.protocol.job.coordinator.events import Folded, SumMade
 from fedcore.secagg.protocol.job.coordinator.facts import KeptFile
+from fedcore.store import container
 from fedcore.types import Json, SiteId
 
 T = TypeVar("T")
@@ -56,16 +50,15 @@ _ATTEMPTS = 3
 class FoldPool:
     """Worker processes. Start it before grpc; its jobs may come and go.
 
-    workers: processes, at least 1. scratch: a folder on the spool's file system for parts of sums; sealed: they are
-    encrypted there, under a key of this process.
+    workers: processes, at least 1. scratch: a folder on the spool's file system for parts of sums.
     One operation runs at a time, in a thread of its own, on all workers at once: an awaiting task that
     is cancelled leaves it to end by itself.
     """
 
-    def __init__(self, workers: int, scratch: Path, *, sealed: bool = False) -> None:
+    def __init__(self, workers: int, scratch: Path) -> None:
         if workers < 1:
             raise BadInput(f"fold workers: found {workers}, expected at least 1")
-        self._scratch, self._key = scratch, os.urandom(PART_KEY_BYTES) if sealed else b""
+        self._scratch = scratch
         with refusals("fold", scratch):
             make_folder(scratch)
             for left in scratch.glob("part-*"):
@@ -193,7 +186,7 @@ class JobFold:
         self._held = uploads
         try:
             self._each(lambda shard: self._write(shard, self._part(shard), masks))
-            return store(chunk for part in parts for chunk in read_part(part, self._pool._key))
+            return store(chunk for part in parts for chunk in container.read(part))
         finally:
             self._held = []
             for shard in self._shards:
@@ -242,7 +235,7 @@ class JobFold:
         """This shard's chunks of the sum, into a file of their own."""
         request = {"op": "sum", "path": str(part)}
         try:
-            self._trying(shard, lambda: self._call(shard, request, masks, self._pool._key))
+            self._trying(shard, lambda: self._call(shard, request, masks))
         except ChildEnded as error:
             raise StoreProblem(
                 f"fold: found that its worker ended {_ATTEMPTS} times, expected a sum",
@@ -289,10 +282,10 @@ class JobFold:
                 self._call(shard, {"op": "commit"})
                 shard.held.append(path)
 
-    def _call(self, shard: _Shard, request: Json, *blobs: bytes) -> None:
+    def _call(self, shard: _Shard, request: Json, payload: bytes = b"") -> None:
         """Raises what the worker raised, and ChildEnded."""
         request = {"job": self._name, **request}
-        answer, _ = shard.worker.call(request, blobs, timeout=ANSWER_SECONDS)
+        answer, _ = shard.worker.call(request, [payload], timeout=ANSWER_SECONDS)
         if "error" in answer:
             raise ERRORS[answer["error"]](answer["text"], remedy=answer["remedy"])
 

@@ -54,7 +54,7 @@ def small_file(what: str, stored: Stored | None, most: int = INLINE) -> dict[str
     """What the journal keeps of a file that was not fsynced, or of any of up to `most` bytes."""
     if stored is None or stored.travels > most:
         return {}
-    return {_small_key(what, stored.digest): stored.read()}
+    return {_small_key(what, stored.digest): stored.path.read_bytes()}
 
 
 class JobLogFile(Generic[Row]):

@@ -366,7 +366,7 @@ class Sessions:
         if session is None or stored.travels > INLINE:
             return
         start = frames.DownloadStart(job, what, stored.digest)
-        data = stored.read()
+        data = stored.path.read_bytes()
         self.counts.bytes_out += len(data)
         session.put(frames.SmallDownload(start, data))
 

@@ -124,7 +124,7 @@ class Transfers:
         if stored is None:
             raise BadInput("download: found no such sum or checkpoint here")
         head = frames.DownloadHead(stored.digest, stored.travels, start.offset)
-        with stored.open() as file:
+        with stored.path.open("rb") as file:
             parts = chunks.download(head, file)
             while (part := await asyncio.to_thread(next, parts, None)) is not None:
                 self._hub.sessions.counts.bytes_out += len(part)

@@ -46,8 +46,6 @@ def take_notes(folder: Path, record: Callable[..., None]) -> None:
     if not path.exists():
         return
     with _alone(folder):
-        if not path.exists():  # another thread took them meanwhile
-            return
         for line in path.read_text().splitlines():
             try:
                 facts = checked_facts("operator", json.loads(line))

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcore.cli import benchmarks, flags
+from fedcore.cli import benchmarks, flags, grids
 from fedcore.cli.console import application, echo, emit_or_show, say, stderr
 from fedcore.cli.console import run as run_command
 from fedcore.cli.flags import AsJson, Force, JobFile, Out, Settings, job_command
 from fedcore.cli.progress import RoundsProgress, SplitsProgress, reading_shown
 from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, Refused
-from fedcore.files import RESULT_FILE, ROUNDS_FILE, read_json, write_atomic
+from fedcore.files import RESULT_FILE, ROUNDS_FILE, is_grid, read_json, write_atomic
 from fedcore.results import Result, RoundRow, SplitResult
 
 if TYPE_CHECKING:
@@ -249,11 +249,33 @@ def compare(
     force: Force = False,
     as_json: AsJson = False,
     resume: Annotated[Path | None, typer.Option(help="Resume an interrupted comparison.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A grid of comparisons: quick, paper or privacy.")
+    ] = None,
+    per_gigabyte: Annotated[
+        float | None, typer.Option("--per-gigabyte", min=0, help="Price of traffic, of a grid.")
+    ] = None,
+    per_hour: Annotated[
+        float | None, typer.Option("--per-hour", min=0, help="Price of a core's hour, of a grid.")
+    ] = None,
     flower_app: flags.FlowerApp = None,
     run_config: flags.RunConfig = None,
 ) -> None:
-    """Run the arms over seeds and folds, for paired gaps. Their interval counts the overlap of the splits."""
+    """Run the arms over seeds and folds, for paired gaps. Their interval counts the overlap of the splits. JOB may be
+    a grid of comparisons (docs/benchmarks.md)."""
     settings = flags.of_flower_app(settings, flower_app, run_config)
+    given = {"per_gigabyte": per_gigabyte, "per_hour": per_hour}
+    prices = {name: price for name, price in given.items() if price is not None}
+    if grids.is_grid(job, preset, resume):
+        _starting("compare", job or resume or Path(f"preset {preset}"), settings)
+        grids.refuse_beside_grid(settings, job, preset, resume)
+        grids.compare_grid(
+            file=job, preset=preset, resume=resume, seeds=seeds, prices=prices, workers=workers,
+            out=out, force=force, as_json=as_json,
+        )  # fmt: skip
+        return
+    if prices:
+        raise BadInput("--per-gigabyte, --per-hour: found prices without a grid, expected both")
     _starting("compare", job or resume or flower_app, settings)
     from fedcore.config.unsupported import refuse_split
 
@@ -467,6 +489,11 @@ def report(
 
     if format_ not in ("html", "md", "latex"):
         raise BadInput(f"--format: found {format_!r}, expected html, md or latex")
+    if len(runs) == 1 and format_ == "html" and out is None and is_grid(runs[0]):
+        from fedcore.report import grid_page
+
+        echo(grid_page.write(runs[0]))
+        return
     text = reports.render([reports.read(path) for path in runs], format_)
     if out is None and format_ != "html":
         echo(text)

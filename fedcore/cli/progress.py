@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+    from fedcore.config.grid_file import Combination
     from fedcore.experiment.comparison import Split
     from fedcore.experiment.loop import ArmStep
     from fedcore.results import RoundRow, SplitResult
@@ -201,6 +202,60 @@ class SplitsProgress:
             first = _what(self._running[numbers[0]], self._protection)
             text = f"split{'s'[: len(numbers) - 1]} {_listed(numbers)}: {first}"
         self._display.show(text, self._finished, begun=begun)
+
+
+class _Paced(Display):
+    """A display whose time left is known to somebody else: its units take very different times."""
+
+    def __init__(self, unit: str, clock: Clock, left: Callable[[], float | None]) -> None:
+        super().__init__(unit, clock)
+        self.seconds_left = left  # type: ignore[method-assign]
+
+
+class GridProgress:
+    """The splits of all cells of a grid. left: seconds that the rest takes, None before there is a pace."""
+
+    def __init__(self, left: Callable[[], float | None], clock: Clock = time.monotonic) -> None:
+        self._display = _Paced("splits", clock, left)
+        self._running: dict[str, str] = {}
+        self._done = 0
+        self.tick, self.close = self._display.tick, self._display.close
+
+    def checked(self, done: int, total: int) -> None:
+        """Called with how many cells were prepared."""
+        if done in (1, total):
+            self._display.say(f"cells checked: {done} of {total}")
+
+    def begin(self, done: int, total: int) -> None:
+        """Start for so many splits, some of which are finished already."""
+        self._done = done
+        if done:
+            self._display.say(f"{done} finished splits are kept")
+        self._display.begin(total, done)
+
+    def step(self, split: Split, cell: Combination, doing: ArmStep) -> None:
+        """Called before each round of an arm of a split."""
+        where = f"{cell}, {split}"
+        self._running[where] = _what(doing, cell.protection)
+        self._show()
+
+    def split(self, cell: Combination, done: int, total: int) -> None:
+        """Called with the cell of each finished split."""
+        self._done = done
+        mine = [where for where in self._running if where.startswith(f"{cell}, ")]
+        for where in mine:  # those that still run say so again at their next step
+            del self._running[where]
+        if done == total:
+            self._running.clear()
+        self._show()
+
+    def cell(self, cell: Combination, done: int, total: int, failed: str) -> None:
+        """Called with each cell that ended. failed: why it has no result."""
+        self._display.say(f"cell {done}/{total}  {cell}: {failed or 'done'}")
+
+    def _show(self) -> None:
+        where, doing = next(iter(self._running.items()), ("", "report"))
+        self._display.show(f"{where}: {doing}" if where else doing, self._done)
 
 
 @contextmanager

@@ -55,19 +55,39 @@ class Split:
 
 
 class SplitGrid:
-    """The splits of one comparison and the folder they are kept in."""
+    """The splits of one comparison and the folder they are kept in.
+
+    own_test_rows: whether every site brings its own. Where the caller knows it, nothing is prepared here, and
+    there is no `first`.
+    """
 
     def __init__(
-        self, task: Task, job: Job, seeds: Sequence[int], say: Callable[[str], None]
+        self,
+        task: Task,
+        job: Job,
+        seeds: Sequence[int],
+        say: Callable[[str], None],
+        *,
+        own_test_rows: bool | None = None,
     ) -> None:
         self._task, self._job, self._seeds = task, job, seeds
         self._started, self._clock = datetime.now(UTC), time.perf_counter()
-        with single_thread():
-            self.first = prepare(task, self._job_of(seeds[0], 0), say)
+        self._first: Prepared | None = None
+        if own_test_rows is None:
+            with single_thread():
+                self._first = prepare(task, self._job_of(seeds[0], 0), say)
+            own_test_rows = self._first.own_test_rows
+        self.own_test_rows = own_test_rows
         # Where every site brings its own test rows, folds would repeat the same run.
-        self.folds = 1 if self.first.own_test_rows else job.run.folds
+        self.folds = 1 if own_test_rows else job.run.folds
         pairs = enumerate(itertools.product(seeds, range(self.folds)), start=1)
         self.splits = [Split(number, *pair, self.folds) for number, pair in pairs]
+
+    @property
+    def first(self) -> Prepared:
+        """The first split, ready to run."""
+        assert self._first is not None
+        return self._first
 
     def _job_of(self, seed: int, fold: int) -> Job:
         """The job of one split; its gaps need no interval of their own."""
@@ -104,15 +124,7 @@ class SplitGrid:
 
     def left(self, directory: Path) -> list[Split]:
         """The splits that are not on disk."""
-        return [split for split in self.splits if not _file(directory, split).is_file()]
-
-    def processes(self, workers: int | None, splits: int) -> int:
-        """In how many processes so many splits run. Raises BadInput for more than this machine can fork."""
-        refusal = fork_refusal(accelerator=accelerator_in_use(self._job.run.device))
-        if refusal and (workers or 1) > 1:
-            raise BadInput(f"--workers: found {workers}, expected 1: {refusal}")
-        wanted = workers or (1 if refusal else usable_cores())
-        return max(1, min(wanted, splits))
+        return [split for split in self.splits if not split_file(directory, split).is_file()]
 
     def run(
         self,
@@ -130,33 +142,34 @@ class SplitGrid:
 
         def done(split: Split) -> None:
             if on_cell is not None:
-                result, _ = _kept(directory, split)
+                result, _ = kept_split(directory, split)
                 cell = split_result(result, split.seed, split.fold)
                 on_cell(cell, split.number, len(self.splits))
 
         left = self.left(directory)
-        processes = self.processes(workers, len(left))
+        processes = processes_for(workers, len(left), self._job.run.device)
         if processes == 1:
             with ticking(on_tick):
                 for split in left:
                     first = self.first if split == self.splits[0] else None
-                    self._run_split(directory, split, partial(step, split), first)
+                    self.run_split(directory, split, partial(step, split), first)
                     done(split)
         else:
             run_forked(
                 left,
-                lambda split, send: self._run_split(directory, split, send),
+                lambda split, send: self.run_split(directory, split, send),
                 processes,
                 on_message=step,
                 on_done=done,
                 on_tick=on_tick,
                 on_spare=_import_what_follows,
             )
-        return self._together(directory)
+        return self.together(directory)
 
-    def _run_split(
+    def run_split(
         self, directory: Path, split: Split, on_step: OnStep, prepared: Prepared | None = None
     ) -> None:
+        """Run one split and keep its result. Raises what a run raises, with the split's name."""
         rows: list[Json] = []
 
         def keep(row: RoundRow) -> None:
@@ -175,11 +188,12 @@ class SplitGrid:
             kind = Abandoned if isinstance(error, Abandoned) else Refused
             what = f"{split}: {str(error).removeprefix('run: ')}"
             raise kind(what, remedy=error.remedy) from error
-        write_json(_file(directory, split), {"result": result.to_json(), "rows": rows})
+        write_json(split_file(directory, split), {"result": result.to_json(), "rows": rows})
 
-    def _together(self, directory: Path) -> ComparisonResult:
-        """Of all splits, which are on disk: rounds.jsonl, in the order of the grid, and the result."""
-        kept = [_kept(directory, split) for split in self.splits]
+    def together(self, directory: Path, seconds: float | None = None) -> ComparisonResult:
+        """Of all splits, which are on disk: rounds.jsonl, in the order of the grid, and the result. seconds: what they
+        took; None: since this began."""
+        kept = [kept_split(directory, split) for split in self.splits]
         lines = (json.dumps(row, allow_nan=False) + "\n" for _, rows in kept for row in rows)
         write_atomic(directory / ROUNDS_FILE, (line.encode() for line in lines))
         results = [result for result, _ in kept]
@@ -188,14 +202,26 @@ class SplitGrid:
             for split, result in zip(self.splits, results, strict=True)
         ]
         found = comparison_result(
-            results, cells, len(self._seeds), self.folds, own_test_rows=self.first.own_test_rows
+            results, cells, len(self._seeds), self.folds, own_test_rows=self.own_test_rows
         )
         found = replace(
             found,
-            cost=replace(found.cost, seconds_total=time.perf_counter() - self._clock),
+            cost=replace(
+                found.cost,
+                seconds_total=time.perf_counter() - self._clock if seconds is None else seconds,
+            ),
             origin=Origin(environment(), self._started.strftime("%Y-%m-%dT%H:%M:%SZ")),
         )
         return in_folder(found, directory)
+
+
+def processes_for(workers: int | None, jobs: int, *devices: str) -> int:
+    """In how many processes so many jobs on these devices run. Raises BadInput for more than this machine can fork."""
+    refusal = fork_refusal(accelerator=any(map(accelerator_in_use, devices)))
+    if refusal and (workers or 1) > 1:
+        raise BadInput(f"--workers: found {workers}, expected 1: {refusal}")
+    wanted = workers or (1 if refusal else usable_cores())
+    return max(1, min(wanted, jobs))
 
 
 def _import_what_follows() -> None:
@@ -223,12 +249,14 @@ def finish(directory: Path, result: ComparisonResult) -> None:
     shutil.rmtree(directory / SPLITS)
 
 
-def _file(directory: Path, split: Split) -> Path:
+def split_file(directory: Path, split: Split) -> Path:
+    """Where a finished split is kept."""
     return directory / SPLITS / f"seed-{split.seed}-fold-{split.fold}.json"
 
 
-def _kept(directory: Path, split: Split) -> tuple[RunResult, list[Json]]:
-    found = read_json(_file(directory, split))
+def kept_split(directory: Path, split: Split) -> tuple[RunResult, list[Json]]:
+    """A finished split: its result, and its rows of rounds.jsonl."""
+    found = read_json(split_file(directory, split))
     return RunResult.from_json(found["result"]), found["rows"]
 
 

@@ -67,7 +67,8 @@ def new_directory(name: str, out: Path | None, *, force: bool) -> Iterator[Path]
         with held(path):
             yield path
     except BaseException as error:
-        whole = ("checkpoint.pt", "result.json", "splits/seed-*.json")
+        whole: tuple[str, ...] = ("checkpoint.pt", "result.json", "splits/seed-*.json")
+        whole += tuple(f"cells/*/{pattern}" for pattern in whole[1:])  # of a grid
         saved = any(file for pattern in whole for file in path.glob(pattern))
         telling = isinstance(error, KeyboardInterrupt | Abandoned | GuardTripped) and former is None
         if not (saved or telling):

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcore.errors import BadInput
-from fedcore.results import SCHEMA, ComparisonResult, RoundRow, RunResult
+from fedcore.results import (
+    GRID_SCHEMA,
+    SCHEMA,
+    ComparisonResult,
+    GridResult,
+    RoundRow,
+    RunResult,
+)
 
 if TYPE_CHECKING:  # it imports numpy, which the terminal does without
     from fedcore.types import Json
@@ -93,6 +100,29 @@ def read_result(directory: Path) -> RunResult | ComparisonResult:
         return RunResult.from_json(found) if kind == "run" else ComparisonResult.from_json(found)
     except TypeError as error:
         raise BadInput(f"{path}: it does not hold a result ({error})") from error
+
+
+def read_grid_result(directory: Path) -> GridResult:
+    """The result of a finished grid. Raises BadInput for a file that is missing, unreadable or of another kind."""
+    path = directory / RESULT_FILE
+    found = read_json(path)
+    if (found.get("kind"), found.get("schema")) != ("grid", GRID_SCHEMA):
+        kind, schema = found.get("kind"), found.get("schema")
+        raise BadInput(
+            f"{path}: found kind {kind!r}, schema {schema!r}, expected 'grid', {GRID_SCHEMA}"
+        )
+    try:
+        return GridResult.from_json(found)
+    except TypeError as error:
+        raise BadInput(f"{path}: it does not hold the result of a grid ({error})") from error
+
+
+def is_grid(directory: Path) -> bool:
+    """Whether a folder is that of a grid of comparisons, finished or not."""
+    try:
+        return read_json(directory / "job.json").get("kind") == "grid"
+    except BadInput:
+        return False
 
 
 def read_rounds(directory: Path) -> list[RoundRow]:

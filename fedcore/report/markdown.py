@@ -55,7 +55,7 @@ def render(result: Result) -> str:
     found += tables.confusion([result])
     found += [*readings.table(result), *tables.cost([result]), *tables.budgets([result])]
     for table in found:
-        blocks += [f"## {escape(table.title)}", _grid(table), *filter(None, [escape(table.note)])]
+        blocks += [f"## {escape(table.title)}", grid(table), *filter(None, [escape(table.note)])]
     blocks += ["## Methods", escape(methods(result))]
     if result.origin.reproduce:
         blocks += ["## Reproduce", code(phrases.plain(result.origin.reproduce))]
@@ -64,7 +64,8 @@ def render(result: Result) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _grid(table: Grid) -> str:
+def grid(table: Grid) -> str:
+    """A table in the form of GitHub."""
     head, aligned = map(escape, table.head), ("---:" if c.number else "---" for c in table.rows[0])
     rows = [head, aligned, *(map(_cell, row) for row in table.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

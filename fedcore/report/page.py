@@ -58,7 +58,7 @@ def render(runs: Sequence[Finished], files: Sequence[str] = ()) -> str:
     labels = say.run_labels(results) if several else [""]
     shared, own = settings_of(results)
     tasks = list(dict.fromkeys(phrases.plain(result.task) for result in results))
-    return _template().render(
+    return template("report.html.j2").render(
         title=f"{phrases.listed(tasks)}: {len(results)} runs" if several else say.title(results[0]),
         kind="comparison" if isinstance(results[0], ComparisonResult) else "run",
         started=phrases.plain(results[0].origin.started)[:10],
@@ -109,7 +109,7 @@ def _sites_plot(result: Result) -> list[dict[str, Any]]:
     draw = partial(plots.sites_figure, result, metric)
     caption = "A dot is one site, on its own test rows, in the order of what is drawn."
     label = f"{phrases.metric_name(metric)} of {len(known)} sites"
-    return [_drawn("Each site as a dot", draw, caption, {"arms": [], "lines": []}, label)]
+    return [drawn("Each site as a dot", draw, caption, {"arms": [], "lines": []}, label)]
 
 
 def _headline(names: list[str], results: list[Result]) -> list[tuple[str, str, list[str], str]]:
@@ -181,7 +181,7 @@ def _plots(runs: Sequence[Finished]) -> list[dict[str, Any]]:
     draw = partial(plots.splits_figure, results, metric)
     caption = "A bar is the mean with its interval; every dot is one seed and fold."
     label = f"{phrases.metric_name(metric)} of every arm, {_GAP}"
-    splits = _drawn("By seed and fold", draw, caption, _legend(runs), label)
+    splits = drawn("By seed and fold", draw, caption, _legend(runs), label)
     return [*_by_round([split for run in runs for split in plots.splits_of(run)]), splits]
 
 
@@ -200,14 +200,14 @@ def _by_round(runs: Sequence[Finished]) -> list[dict[str, Any]]:
         )
     draw = partial(plots.rounds_figure, runs, metric)
     legend, label = _legend(runs, by_round=True), phrases.metric_name(metric)
-    found = [_drawn("Round by round", draw, caption, legend, f"{label} of every arm, {_GAP}")]
+    found = [drawn("Round by round", draw, caption, legend, f"{label} of every arm, {_GAP}")]
     if columns := plots.further_columns(runs, metric):
         names = phrases.listed([plots.LOSSES.get(c) or phrases.metric_name(c) for c in columns])
         more = partial(plots.further_figure, runs, columns)
         caption = (
             "The same rounds and arms. Losses are those that the task trains on, means over rows."
         )
-        found.append(_drawn("Other curves", more, caption, legend, f"{names} of every arm"))
+        found.append(drawn("Other curves", more, caption, legend, f"{names} of every arm"))
     return found + _sites_by_round(runs, metric)
 
 
@@ -216,25 +216,27 @@ def _sites_by_round(runs: Sequence[Finished], metric: str) -> list[dict[str, Any
     curves = plots.site_curves(runs[0], metric) if len(runs) == 1 else {}
     if not 0 < len(curves) <= MANY_SITES:
         return []
-    drawn = [a for a in plots.SITE_ARMS if any(a in of_site for of_site in curves.values())]
+    shown = [a for a in plots.SITE_ARMS if any(a in of_site for of_site in curves.values())]
     names = {"local_only": "alone", "federated": "together"}
-    legend = {"arms": [(a.replace("_", "-"), names[a]) for a in drawn], "lines": []}
+    legend = {"arms": [(a.replace("_", "-"), names[a]) for a in shown], "lines": []}
     draw = partial(plots.sites_by_round_figure, runs[0], metric)
     name = phrases.metric_name(metric)
     caption = f"{phrases.capitalised(name)} on each site's own test rows, on one scale."
     label = f"{name} of {len(curves)} sites by round"
-    return [_drawn("Each site by round", draw, caption, legend, label)]
+    return [drawn("Each site by round", draw, caption, legend, label)]
 
 
-def _drawn(
+def drawn(
     title: str,
     draw: Callable[[tuple[float, float]], Any],
     caption: str,
     legend: dict[str, Any],
     label: str,
+    salt: str = "",
 ) -> dict[str, Any]:
-    """One figure, drawn for a wide page and again for a phone. label: what it shows, for who cannot see it."""
-    salt = title.lower().replace(" ", "-")
+    """One figure, drawn for a wide page and again for a phone. label: what it shows, for who cannot see it. salt: a
+    word that no other figure of the page has, by default from the title."""
+    salt = salt or title.lower().replace(" ", "-")
     return {
         "title": title,
         # Markup: matplotlib escapes the text it writes, and a test draws hostile names.
@@ -285,8 +287,9 @@ def _script_hash() -> str:
     return b64encode(sha256(_script().encode()).digest()).decode()
 
 
-@lru_cache(maxsize=1)
-def _template() -> Template:
+@lru_cache
+def template(name: str) -> Template:
+    """One of our templates, which escapes what it is given."""
     environment = Environment(
         loader=PackageLoader("fedcore.report", "templates"),
         autoescape=True,
@@ -295,4 +298,4 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["typeset"] = _typeset
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)

@@ -8,9 +8,19 @@ free of control characters; escaping for HTML, Markdown, LaTeX or a terminal bel
 import math
 import unicodedata
 from collections.abc import Iterable
+from typing import Protocol
 
 from fedcore.files.units import in_bytes
 from fedcore.results import Interval, Result
+
+
+class Measured(Protocol):
+    """What has metrics of which it knows whether less is better: a result, a cell of a grid."""
+
+    def is_error(self, metric: str) -> bool:
+        """Whether less of the metric is better."""
+        ...
+
 
 # The names are those of types.ARMS and experiment.gap.PARTS (a test compares them): importing those
 # would load numpy before the first line of a run is on the screen.
@@ -66,7 +76,7 @@ def count(value: float | None) -> str:
     return DASH if value is None else f"{value:,.0f}"
 
 
-def amount(result: Result, metric: str, value: float | None, *, signed: bool = False) -> str:
+def amount(result: Measured, metric: str, value: float | None, *, signed: bool = False) -> str:
     """A difference of the metric: points, or of an error three digits in its own unit."""
     if value is None or not result.is_error(metric):
         return points(value, signed=signed)
@@ -79,22 +89,22 @@ def amount(result: Result, metric: str, value: float | None, *, signed: bool = F
     return f"{value:{sign}.2e}"
 
 
-def unit(result: Result, metric: str) -> str:
+def unit(result: Measured, metric: str) -> str:
     """What `amount` counts: `points`, or nothing for an error, whose unit is the task's."""
     return "" if result.is_error(metric) else "points"
 
 
-def measure(result: Result, metric: str, value: float | None) -> str:
+def measure(result: Measured, metric: str, value: float | None) -> str:
     """`1.38 points`, of an error `1.22`."""
     return " ".join((amount(result, metric, value), unit(result, metric))).rstrip()
 
 
-def quantity(result: Result, metric: str, value: float | None) -> str:
+def quantity(result: Measured, metric: str, value: float | None) -> str:
     """`1.38 points of AUC`, `1.22 of MSE`."""
     return " of ".join((measure(result, metric, value), metric_name(metric)))
 
 
-def in_units(results: Iterable[Result], metrics: Iterable[str]) -> str:
+def in_units(results: Iterable[Measured], metrics: Iterable[str]) -> str:
     """The end of a note on differences: `in points`, `in points (MSE in its own unit)`."""
     metrics, found = list(metrics), list(results)
     own = [metric_name(m) for m in metrics if any(result.is_error(m) for result in found)]
@@ -104,7 +114,7 @@ def in_units(results: Iterable[Result], metrics: Iterable[str]) -> str:
     return f"in points ({listed(own)} in {its})" if own else "in points"
 
 
-def interval(result: Result, metric: str, gap: Interval | None) -> str:
+def interval(result: Measured, metric: str, gap: Interval | None) -> str:
     """`-0.90 to 0.60`; empty where there is no interval, `exact` where it is all 0."""
     if gap is None or gap.ends is None:
         return ""
@@ -113,7 +123,7 @@ def interval(result: Result, metric: str, gap: Interval | None) -> str:
     return " to ".join(amount(result, metric, end) for end in gap.ends)
 
 
-def gap_amount(result: Result, metric: str, gap: Interval | None) -> str:
+def gap_amount(result: Measured, metric: str, gap: Interval | None) -> str:
     """The gap's mean; a bare `0` only where it and its interval are exactly 0."""
     exact = interval(result, metric, gap) == "exact"
     return "0" if exact else amount(result, metric, gap.mean if gap is not None else None)

@@ -68,7 +68,8 @@ WIDE, NARROW = (7.4, 4.7), (3.7, 4.5)
 
 
 @contextmanager
-def _style(salt: str = "fedcore") -> Iterator[None]:
+def style(salt: str = "fedcore") -> Iterator[None]:
+    """Draw in the report's style. salt: of the ids in an SVG."""
     import matplotlib as mpl
 
     with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
@@ -135,7 +136,7 @@ def rounds_figure(
     """
     from matplotlib.figure import Figure
 
-    with _style():
+    with style():
         width, height = size
         compared = any(_gap_curve(run, metric) for run in runs)
         figure = Figure(figsize=(width, height if compared else 0.7 * height))
@@ -156,7 +157,7 @@ def rounds_figure(
         (lower or upper).set_xlabel("round")
         for axes in (upper, *([lower] if lower is not None else [])):
             _by_round(axes)
-        _arrange(figure)
+        arrange(figure)
     return figure
 
 
@@ -167,7 +168,7 @@ def further_figure(
     room, with the lines of `rounds_figure`."""
     from matplotlib.figure import Figure
 
-    with _style():
+    with style():
         across = 2 if size == WIDE else 1
         down = -(-len(columns) // across)
         figure = Figure(figsize=(size[0], 1.9 * down + 0.3))
@@ -179,7 +180,7 @@ def further_figure(
             _by_round(axes)
             if i + across >= len(columns):
                 axes.set_xlabel("round")
-        _arrange(figure)
+        arrange(figure)
     return figure
 
 
@@ -197,7 +198,7 @@ def _by_round(axes: Axes) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    _bare(axes, "x")
+    bare(axes, "x")
 
 
 def _cell(axes: Axes) -> SubplotSpec:
@@ -206,7 +207,7 @@ def _cell(axes: Axes) -> SubplotSpec:
     return cell
 
 
-def _arrange(figure: Figure) -> None:
+def arrange(figure: Figure) -> None:
     """Room around and between the panels of a grid for titles and numbers.
 
     matplotlib's own layouts measure every text several times, which takes longer than the drawing.
@@ -238,7 +239,7 @@ def _arrange(figure: Figure) -> None:
     )  # fmt: skip
 
 
-def _bare(axes: Axes, without: Literal["x", "y"]) -> None:
+def bare(axes: Axes, without: Literal["x", "y"]) -> None:
     """Neither ticks nor a line at the left, and no grid along one axis."""
     axes.grid(axis=without, visible=False)
     axes.tick_params(length=0)
@@ -311,7 +312,7 @@ def splits_figure(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with _style():
+    with style():
         figure = Figure(figsize=size)
         upper, lower = figure.subplots(2, 1, height_ratios=(1, 1))
         arms = [a for a in phrases.ARM_NAMES if any(a in say.arms_of(r) for r in results)]
@@ -329,8 +330,8 @@ def splits_figure(
         bins = 5 if size == NARROW else 8
         for axes in (upper, lower):
             axes.xaxis.set_major_locator(MaxNLocator(nbins=bins, steps=[1, 2, 5, 10]))
-            _bare(axes, "y")
-        _arrange(figure)
+            bare(axes, "y")
+        arrange(figure)
     return figure
 
 
@@ -364,7 +365,7 @@ def sites_by_round_figure(run: Finished, metric: str, size: tuple[float, float] 
     from matplotlib.figure import Figure
 
     curves = site_curves(run, metric)
-    with _style():
+    with style():
         across = 4 if size == WIDE else 2
         down = -(-len(curves) // across)
         figure = Figure(figsize=(size[0], 1.45 * down + 0.2))
@@ -377,7 +378,7 @@ def sites_by_round_figure(run: Finished, metric: str, size: tuple[float, float] 
             axes.tick_params(labelbottom=i + across >= len(curves))
         for axes in panels[len(curves) :]:
             axes.set_visible(False)
-        _arrange(figure)
+        arrange(figure)
     return figure
 
 
@@ -395,7 +396,7 @@ def sites_figure(result: Result, metric: str, size: tuple[float, float] = WIDE) 
     values = [value * scale for _, value in found]
     colours = [COLOURS["local_only" if gained and v < 0 else "federated"] for v in values]
     named = len(found) <= NAMED_SITES
-    with _style():
+    with style():
         height = 0.15 * len(found) + 0.8 if named else size[1]
         figure = Figure(figsize=(size[0], height))
         axes = figure.add_subplot()
@@ -412,8 +413,8 @@ def sites_figure(result: Result, metric: str, size: tuple[float, float] = WIDE) 
             places if named else [], [_short(site) for site, _ in found] if named else []
         )
         axes.set_ylim(-1, len(found))
-        _bare(axes, "y")
-        _arrange(figure)
+        bare(axes, "y")
+        arrange(figure)
     return figure
 
 
@@ -464,7 +465,7 @@ def with_legend(figure: Figure) -> Figure:
     axes = figure.axes[0]
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     names = [name for name in phrases.ARM_NAMES.values() if name in named]
-    with _style():
+    with style():
         axes.legend(
             [named[name] for name in names], names, frameon=False, labelcolor=COLOURS["ink"]
         )
@@ -492,7 +493,7 @@ def svg(figure: Figure, name: str) -> str:
 
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     buffer = io.StringIO()
-    with _style(salt=name):
+    with style(salt=name):
         # Not savefig, which draws everything twice.
         canvas = FigureCanvasSVG(figure)
         canvas.print_svg(buffer, metadata=nothing)  # type: ignore[no-untyped-call]  # theirs

@@ -8,6 +8,7 @@ does not exist. Nothing here opens a file: `fedcore/files/` does.
 
 from fedcore.results.arm_scores import *
 from fedcore.results.attack_rows import *
+from fedcore.results.grid_result import *
 from fedcore.results.job_events import *
 from fedcore.results.result_file import *
 from fedcore.results.round_rows import *

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from fedcore.errors import BadInput, StoreProblem, VectorRefused
 
@@ -118,18 +118,8 @@ def _no_container() -> BadInput:
     return BadInput("vector: found bytes that are no chunk container")
 
 
-class Writable(Protocol):
-    """A file that is being written, empty at first."""
-
-    def write(self, data: bytes, /) -> object:
-        """Behind what was written before."""
-
-    def seek(self, offset: int, /) -> object:
-        """To the beginning."""
-
-
 def write(
-    file: Writable, chunks: Iterable[bytes], reserve: Callable[[int], None] = lambda _: None
+    file: IO[bytes], chunks: Iterable[bytes], reserve: Callable[[int], None] = lambda _: None
 ) -> Vector:
     """Write the chunks into an empty, seekable file; one chunk is in memory at a time.
 
@@ -158,25 +148,18 @@ def count(path: Path) -> int:
 def read(path: Path, first: int = 0, chunks: int | None = None) -> Iterator[bytes]:
     """The chunks of a complete container from index `first` on: all of them, or `chunks`. Raises StoreProblem."""
     with path.open("rb") as file:
-        yield from read_from(file, path, first, chunks)
-
-
-def read_from(
-    file: IO[bytes], path: Path, first: int = 0, chunks: int | None = None
-) -> Iterator[bytes]:
-    """The same of an open file. path: for messages."""
-    there = _number(file, path)
-    end = there if chunks is None else first + chunks
-    if not 0 <= first <= end <= there:
-        raise damaged(path, f"{there} chunks", f"chunks {first} to {end - 1}")
-    for _ in range(first):
-        file.seek(_number(file, path), os.SEEK_CUR)
-    for _ in range(first, end):
-        size = _number(file, path)
-        chunk = file.read(size) if size <= MAX_CHUNK else b""
-        if len(chunk) != size:
-            raise damaged(path, "a chunk cut short", f"one of {size} bytes")
-        yield chunk
+        there = _number(file, path)
+        end = there if chunks is None else first + chunks
+        if not 0 <= first <= end <= there:
+            raise damaged(path, f"{there} chunks", f"chunks {first} to {end - 1}")
+        for _ in range(first):
+            file.seek(_number(file, path), os.SEEK_CUR)
+        for _ in range(first, end):
+            size = _number(file, path)
+            chunk = file.read(size) if size <= MAX_CHUNK else b""
+            if len(chunk) != size:
+                raise damaged(path, "a chunk cut short", f"one of {size} bytes")
+            yield chunk
 
 
 def _number(file: IO[bytes], path: Path) -> int:
@@ -198,23 +181,17 @@ def damaged(path: Path, found: object, expected: object) -> StoreProblem:
 def check(path: Path, *, fault: str) -> Vector:
     """Verify a whole container and return its digest and size. fault: its sender, named in the VectorRefused that
     anything else than a complete container raises."""
-    with path.open("rb") as file:
-        return check_from(file, fault=fault)
-
-
-def check_from(file: IO[bytes], *, fault: str) -> Vector:
-    """The same of an open file, from its beginning to its end."""
     hashes, size, found = hashlib.sha256(), 0, 0
-    left = file.seek(0, os.SEEK_END) - _NUMBER.size
-    file.seek(0)
-    chunks = _announced(file, "a vector with chunks", fault)
-    while found < chunks and left > 0:
-        length = _announced(file, "a chunk's length", fault)
-        left -= _NUMBER.size + length
-        if length > MAX_CHUNK:
-            raise _refused(f"a chunk of {length} bytes", f"at most {MAX_CHUNK}", fault)
-        hashes.update(_hash_of(file, length))
-        size, found = size + length, found + 1
+    left = path.stat().st_size - _NUMBER.size
+    with path.open("rb") as file:
+        chunks = _announced(file, "a vector with chunks", fault)
+        while found < chunks and left > 0:
+            length = _announced(file, "a chunk's length", fault)
+            left -= _NUMBER.size + length
+            if length > MAX_CHUNK:
+                raise _refused(f"a chunk of {length} bytes", f"at most {MAX_CHUNK}", fault)
+            hashes.update(_hash_of(file, length))
+            size, found = size + length, found + 1
     if found != chunks or left:
         raise _refused(
             f"{found} of {chunks} chunks and {left} bytes behind them", "all and none", fault

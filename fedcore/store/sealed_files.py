@@ -45,7 +45,7 @@ class FileSealer(Secret):
     def seal(self, parts: Iterable[bytes], *place: str) -> Iterator[bytes]:
         """The file of a content that comes in parts of any length."""
         salt = os.urandom(SALT_BYTES)
-        key = self.key_of(salt, place)
+        key = self._of(salt, place)
         yield FORM + salt
         pieces, number = _pieces(parts), 0
         piece = next(pieces)
@@ -66,57 +66,15 @@ class FileSealer(Secret):
         try:
             if file.read(len(FORM)) != FORM:
                 raise in_clear(path)
-            key = self.key_of(file.read(SALT_BYTES), place)
+            key = self._of(file.read(SALT_BYTES), place)
             return io.BufferedReader(_SealedFile(file, path, key), PIECE)
         except BaseException:
             file.close()
             raise
 
-    def key_of(self, salt: bytes, place: tuple[str, ...]) -> bytes:
-        """The key of one file."""
+    def _of(self, salt: bytes, place: tuple[str, ...]) -> bytes:
         parts = (part.encode() for part in place)
         return derive(self._key, Label.SEALED_FILE, *parts, salt=salt)
-
-
-class SealedWriter:
-    """Writes a sealed file of which the first bytes may be written again at the end, as a container's count is. First
-    and last piece are in memory. Not complete before `finish`."""
-
-    def __init__(self, file: BinaryIO, sealer: FileSealer, *place: str) -> None:
-        self._file, salt = file, os.urandom(SALT_BYTES)
-        self._key = sealer.key_of(salt, place)
-        self._first, self._rest = bytearray(), bytearray()
-        self._number, self._at_start = 1, False
-        file.write(FORM + salt)
-
-    def seek(self, offset: int, /) -> None:
-        """To the beginning, at the end, to write the first bytes again."""
-        if offset:
-            raise ValueError("sealed files are written in order")
-        self._at_start = True
-
-    def write(self, data: bytes, /) -> None:
-        """Behind what was written before."""
-        if self._at_start:
-            self._first[: len(data)] = data
-            return
-        room = PIECE - len(self._first)
-        self._first += data[:room]
-        self._rest += data[room:]
-        while len(self._rest) > PIECE:  # the last piece is sealed as the last
-            self._put(self._number, bytes(self._rest[:PIECE]), last=False)
-            del self._rest[:PIECE]
-            self._number += 1
-
-    def finish(self) -> None:
-        """Write what is left. The file is to be flushed by the caller."""
-        if self._rest:
-            self._put(self._number, bytes(self._rest), last=True)
-        self._put(0, bytes(self._first), last=not self._rest)
-
-    def _put(self, number: int, piece: bytes, *, last: bool) -> None:
-        self._file.seek(_HEAD + number * (PIECE + BOX_OVERHEAD))
-        self._file.write(seal_box(_box_key(self._key, number, last=last), piece, FORM))
 
 
 class _SealedFile(io.RawIOBase):

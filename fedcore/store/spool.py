@@ -12,8 +12,6 @@ rewritten; after a crash at any instant an upload can be resumed, and a `put` is
 A small file may be left without fsync (`unsynced`) by a caller that keeps its bytes elsewhere: after a power
 cut it may be missing or damaged. Such an upload is deleted at the next start, and the caller restores it from
 its own copy (`give_back`); a `put` is repeated.
-With a sealer what `put` stores is encrypted for its own place; uploads are not: they are masked or encrypted by their
-senders. What was put in clear before is read as it is.
 The lock of the journal in the same folder keeps two processes from sharing a spool.
 """
 
@@ -25,18 +23,15 @@ import shutil
 import threading
 import time
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import unquote
 
 from fedcore.errors import BadInput, OffsetRefused, StoreFull, VectorRefused
 from fedcore.files.disk import make_folder, refusals, sync, sync_folder
 from fedcore.store import container
-from fedcore.store.sealed_files import FileSealer, SealedWriter, is_sealed_file
-from fedcore.store.sealed_files import sealed as without_keystore
 from fedcore.types import SiteId
 
 _KEPT = "kept"
@@ -49,23 +44,12 @@ _LONGEST_NAME, _LONGEST_SITE = 200, 192
 
 @dataclass(frozen=True)
 class Stored:
-    """One complete container. size: bytes of its chunks, as signed; travels: bytes of the container; sealer: of its
-    spool, None where that is in clear."""
+    """One complete container. size: bytes of its chunks, as signed; travels: bytes of the file."""
 
     path: Path
     digest: bytes
     size: int
     chunks: int
-    sealer: FileSealer | None = field(default=None, compare=False, repr=False)
-
-    def open(self) -> BinaryIO:
-        """The container, to be read in clear. Raises StoreProblem, OSError."""
-        return _opened(self.path, self.sealer)
-
-    def read(self) -> bytes:
-        """All of it; for a small one."""
-        with self.open() as file:
-            return file.read()
 
     @property
     def travels(self) -> int:
@@ -168,10 +152,8 @@ class IncomingUpload:
 class Spool:
     """All vectors of one party under one folder, within a quota in bytes. Thread-safe."""
 
-    def __init__(
-        self, folder: Path, quota_bytes: int | None = None, sealer: FileSealer | None = None
-    ) -> None:
-        self.folder, self.quota, self._sealer = folder, quota_bytes, sealer
+    def __init__(self, folder: Path, quota_bytes: int | None = None) -> None:
+        self.folder, self.quota = folder, quota_bytes
         self._busy = threading.RLock()
         self._open: dict[tuple[Path, str], IncomingUpload] = {}
         self._uploads: dict[Path, dict[str, Path]] = {}
@@ -296,7 +278,7 @@ class Spool:
                 self._enter(path.parent)
                 handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(handle, "wb") as file:
-                    found = self._write(file, path, chunks, reserve)
+                    found = container.write(file, chunks, reserve)
                     file.flush()
                     small = found.size + container.overhead(found.chunks) <= unsynced
                     if not small:
@@ -309,19 +291,9 @@ class Spool:
                 beside.unlink()
             self._released(beside)
             raise
-        stored = Stored(path, found.digest, found.size, found.chunks, self._sealer)
+        stored = Stored(path, found.digest, found.size, found.chunks)
         self._moved(beside, path, stored.travels)
         return stored
-
-    def _write(
-        self, file: BinaryIO, path: Path, chunks: Iterable[bytes], reserve: Callable[[int], None]
-    ) -> container.Vector:
-        if self._sealer is None:
-            return container.write(file, chunks, reserve)
-        sealed = SealedWriter(file, self._sealer, *_place(path))
-        found = container.write(sealed, chunks, reserve)
-        sealed.finish()
-        return found
 
     def find(self, job: str, name: str, *, header: bytes = b"") -> Stored | None:
         """What `put` stored, read and verified, or None. Raises StoreProblem for a damaged file."""
@@ -330,11 +302,10 @@ class Spool:
             return None
         with refusals("spool", path):
             try:
-                with _opened(path, self._sealer) as file:
-                    found = container.check_from(file, fault="this site")
+                found = container.check(path, fault="this site")
             except VectorRefused as error:
                 raise container.damaged(path, error.found, error.expected) from error
-        return Stored(path, found.digest, found.size, found.chunks, self._sealer)
+        return Stored(path, found.digest, found.size, found.chunks)
 
     def remove(self, job: str, name: str, *, header: bytes = b"") -> None:
         """Remove what `put` stored. Idempotent."""
@@ -428,18 +399,6 @@ class Spool:
     def _released(self, path: Path) -> None:
         with self._busy:
             self._room.pop(path, None)
-
-
-def _opened(path: Path, sealer: FileSealer | None) -> BinaryIO:
-    if not is_sealed_file(path):
-        return path.open("rb")
-    if sealer is None:
-        raise without_keystore(path)
-    return sealer.reader(path, *_place(path))
-
-
-def _place(path: Path) -> tuple[str, ...]:
-    return ("spool", *path.parts[-3:])
 
 
 def _code(digest: bytes) -> str:

@@ -16,10 +16,10 @@ def no_drawings(monkeypatch):
 
     from fedcore.report import page
 
-    def drawn(title, draw, caption, legend, label):
+    def drawn(title, draw, caption, legend, label, salt=""):
         svg = Markup("<svg></svg>")
         return {
             "title": title, "wide": svg, "narrow": svg, "caption": caption, "legend": legend, "label": label,
         }  # fmt: skip
 
-    monkeypatch.setattr(page, "_drawn", drawn)
+    monkeypatch.setattr(page, "drawn", drawn)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedcore.errors import BadInput
-from fedcore.learning.data.files import find, folder, verified
+from fedcore.learning.data.data_files import find, folder, verified
 from fedcore.learning.data.partition import split_places
 from fedcore.learning.task import Task
 

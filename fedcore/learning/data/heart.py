@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedcore.errors import UnknownName
 from fedcore.learning.data import tabular
-from fedcore.learning.data.files import verified
+from fedcore.learning.data.data_files import verified
 from fedcore.learning.data.linear import linear, logit_loss
 from fedcore.learning.data.rows import TableRows
 from fedcore.learning.data.tabular import category, number

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedcore.errors import UnknownName, require_extra
 from fedcore.learning.data import tabular
-from fedcore.learning.data.files import find, folder, verified
+from fedcore.learning.data.data_files import find, folder, verified
 from fedcore.learning.data.linear import linear, logit_loss
 from fedcore.learning.data.rows import TableRows
 from fedcore.learning.data.tabular import category, number

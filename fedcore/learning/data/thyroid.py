@@ -18,7 +18,7 @@ from torch import nn
 
 from fedcore.errors import UnknownName
 from fedcore.learning.data import tabular
-from fedcore.learning.data.files import verified
+from fedcore.learning.data.data_files import verified
 from fedcore.learning.data.linear import logit_loss
 from fedcore.learning.data.rows import TableRows
 from fedcore.learning.data.tabular import category, number

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fedcore.errors import BadInput, UnknownName
-from fedcore.learning.data import fashion, files, loans, thyroid
+from fedcore.learning.data import data_files, fashion, loans, thyroid
 from fedcore.learning.data.loading import load_rows
 from fedcore.learning.task import BUILT_IN, load_task
 
@@ -100,13 +100,14 @@ def test_the_whole_of_fashion_is_named_where_it_is_missing_and_refused_where_it_
 
 
 def test_the_folder_of_data_sets_is_named_by_a_variable(tmp_path, monkeypatch):
-    monkeypatch.setenv(files.FOLDER, str(tmp_path))
-    assert files.folder() == tmp_path
+    monkeypatch.setenv(data_files.FOLDER, str(tmp_path))
+    assert data_files.folder() == tmp_path
     (tmp_path / "b").mkdir()
     for place in (tmp_path, tmp_path / "b"):
         (place / "x").touch()
     assert (
-        files.find("t", "x", [tmp_path / "a", tmp_path / "b", tmp_path], "") == tmp_path / "b" / "x"
+        data_files.find("t", "x", [tmp_path / "a", tmp_path / "b", tmp_path], "")
+        == tmp_path / "b" / "x"
     )
 
 

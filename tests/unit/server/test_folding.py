@@ -151,24 +151,6 @@ def test_the_sum_is_that_of_one_fold_and_of_the_plain_slots(any_pool, spool, pro
     assert stored.digest == vector_digest(expected)
 
 
-@pytest.mark.parametrize("sealed", [True, False])
-def test_parts_of_a_sum_are_on_disk_encrypted_where_there_is_a_keystore(tmp_path, spool, sealed):
-    made, seen = make(spool, "masked", 129), []
-    with FoldPool(2, tmp_path / "scratch", sealed=sealed) as pool:
-
-        def store(chunks):
-            seen.extend(path.read_bytes() for path in (tmp_path / "scratch").glob("part-*"))
-            return spool.put("job", "sum", chunks, header=H)
-
-        async def go():
-            return await job_of(pool, made).total(made.paths, made.masks, store)
-
-        stored = asyncio.run(go())
-    assert (made.open(stored) == made.plain(0, 1, 2)).all()
-    first, *_ = container.read(stored.path)
-    assert len(seen) == 2 and any(first in part for part in seen) is not sealed
-
-
 @pytest.mark.parametrize("protection", PROTECTIONS)
 def test_without_the_masks_the_sum_is_not_the_plain_one(pools, spool, protection):
     """The control: masks are on every vector, and it matters which are taken off."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.store import sealed_files
-from fedcore.store.sealed_files import FORM, FileSealer, SealedWriter, is_sealed_file
+from fedcore.store.sealed_files import FORM, FileSealer, is_sealed_file
 
 KEY = SecretBytes(bytes(range(32)))
 PLACE = ("state", "job-1", "current")
@@ -41,43 +39,6 @@ def test_content_of_any_length_comes_back(tmp_path, sealer, size):
     assert is_sealed_file(path) and not (size > 3 and content in path.read_bytes())
     boxes = max(1, -(-size // 16))
     assert path.stat().st_size == HEAD + size + 16 * boxes
-
-
-@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 32, 33, 160])
-@pytest.mark.parametrize("part", [1, 7, 16, 40])
-def test_a_content_whose_beginning_is_known_last_is_written_in_order(tmp_path, sealer, size, part):
-    content, path = bytes(range(size)), tmp_path / "f"
-    with path.open("wb") as file:
-        into = SealedWriter(file, sealer, *PLACE)
-        for at in range(0, size, part):
-            into.write(content[at : at + part])
-        into.seek(0)
-        into.write(b"new"[:size])
-        into.finish()
-    expected = b"new"[:size] + content[3:]
-    assert sealer.open(path, *PLACE) == expected
-    assert path.stat().st_size == HEAD + size + 16 * max(1, -(-size // 16))
-    with pytest.raises(ValueError, match="in order"):
-        into.seek(3)
-
-
-@given(size=st.integers(0, 100), reads=st.lists(st.tuples(st.integers(0, 110), st.integers(0, 40))))
-def test_a_sealed_file_is_read_from_any_place(tmp_path_factory, size, reads):
-    content = bytes(range(size))
-    path = written(tmp_path_factory.mktemp("s") / "f", FileSealer(KEY), content)
-    with FileSealer(KEY).reader(path, *PLACE) as file:
-        assert file.seek(0, os.SEEK_END) == size
-        for offset, length in reads:
-            file.seek(offset)
-            assert file.read(length) == content[offset : offset + length]
-
-
-def test_a_file_that_was_cut_is_refused_when_it_is_opened(tmp_path, sealer):
-    """Before a byte of it is used, also where a whole box is missing."""
-    path = written(tmp_path / "f", sealer, bytes(64))
-    path.write_bytes(path.read_bytes()[:-32])
-    with pytest.raises(StoreProblem, match="is not whole"):
-        sealer.reader(path, *PLACE)
 
 
 def test_the_same_content_is_never_sealed_the_same_way(tmp_path, sealer):

@@ -18,10 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcore.errors import BadInput, OffsetRefused, StoreFull, StoreProblem, VectorRefused
-from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.store import container
 from fedcore.store.container import overhead, to_bytes, vector_digest
-from fedcore.store.sealed_files import FileSealer
 from fedcore.store.spool import Spool
 
 H, OTHER = b"h" * 32, b"o" * 32
@@ -577,35 +575,3 @@ def test_names_that_cannot_be_files_are_refused(spool):
             spool.put("job", name, [])
     with pytest.raises(BadInput, match="header digest"):
         spool.upload("job", b"short", "va", DIGEST, 10)
-
-
-# ------------------------------------------------------------------------------------- encrypted at rest
-
-
-@pytest.mark.parametrize("sealed", [True, False])
-def test_a_thief_of_the_disk_reads_a_stored_sum_only_without_a_keystore(tmp_path, sealed):
-    sealer = FileSealer(SecretBytes(b"k" * 32)) if sealed else None
-    spool = Spool(tmp_path / "spool", sealer=sealer)
-    stored = spool.put("job", "sum", CHUNKS, header=H)
-    assert any(CHUNKS[3] in each.read_bytes() for each in files(spool)) is not sealed
-    again = Spool(tmp_path / "spool", sealer=sealer).find("job", "sum", header=H)
-    for each in (stored, again):
-        assert (each.digest, each.size, each.chunks) == (DIGEST, SIZE - overhead(8), 8)
-        assert each.read() == DATA and each.travels == SIZE
-        with each.open() as file:
-            file.seek(1500)
-            assert file.read() == DATA[1500:], "a download goes on from an offset"
-
-
-def test_sealed_sums_are_those_of_their_own_round(tmp_path):
-    sealer = FileSealer(SecretBytes(b"k" * 32))
-    spool = Spool(tmp_path / "spool", sealer=sealer)
-    one, two = (spool.put("job", "sum", CHUNKS, header=each) for each in (H, OTHER))
-    two.path.write_bytes(one.path.read_bytes())
-    with pytest.raises(StoreProblem, match="not encrypted for this place"):
-        spool.find("job", "sum", header=OTHER)
-    with pytest.raises(StoreProblem, match="found it encrypted, expected it in clear"):
-        Spool(tmp_path / "spool").find("job", "sum", header=H)
-    Spool(tmp_path / "spool").put("job", "clear", CHUNKS, header=H)
-    assert spool.find("job", "clear", header=H).read() == DATA, "of before there was a keystore"
-    assert send(spool).read() == DATA, "uploads stay as they came"
