@@ -53,8 +53,8 @@ class Wide:
 
     @property
     def metric(self) -> str:
-        """The metric that is one number and that these are the sums of; "" for anything else."""
-        return self.name.removeprefix(METRIC) if self.name.startswith(METRIC) else ""
+        """The metric whose sums these are among a task's metrics; "" for one that is no single number."""
+        return "" if self.name.startswith(MATRIX) else self.name.removeprefix(METRIC)
 
 
 INITIAL_PARTS = ("parameters", "frozen parameters", "buffers that stay")

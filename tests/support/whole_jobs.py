@@ -60,6 +60,7 @@ class History:
     """A state: which sums of whose vectors led to it, as ((purpose, round), survivors)."""
 
     sums: tuple = ()
+    over = ""
 
     @property
     def done(self):

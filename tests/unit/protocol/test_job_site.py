@@ -46,6 +46,7 @@ class State:
 
     name: str
     done: PlannedRound | None = None
+    over: str = ""
 
     def canonical(self):
         return self.name.encode()
