@@ -22,6 +22,7 @@ from fedcore.errors import BadInput, UnknownName
 from fedcore.files.toml import Section, found_and_expected, read_tables
 from fedcore.secagg import algorithms, packing, plan, protections
 from fedcore.secagg.encode.pack import limb_count
+from fedcore.secagg.groups import LEAST_GROUP, group_plan, refuse_groups
 from fedcore.secagg.judge_plan import ends_early, judge_plan, refuse_judge
 from fedcore.secagg.privacy.privacy_plan import EACH_SITE, PrivacyPlan
 from fedcore.types import Json, SiteId
@@ -125,7 +126,9 @@ class RoundSection(Section):
     validate: share of each site's training rows that no arm trains on, to judge rounds by; keep, patience: the
     round whose model is released, and after how many rounds without a better one a run ends. judge: by what, the rows
     apart ("validation", in one process only), or the metrics that each release opens ("released"); veto: as in
-    `JudgePlan`. checkpoint_every: after how many rounds the model is kept, in one process only.
+    `JudgePlan`. In one process only: aggregate, group_sites, trim: the mean of all updates, or the trimmed mean of
+    those of groups of at least so many sites, of which `trim` are left out at either end; checkpoint_every: after how
+    many rounds the model is kept.
     submit_seconds: at a deployed site, no vector is sent before so many seconds after its round was
     announced, and no survey before so many after the offer: else the time tells of rows (PROTOCOL U)."""
 
@@ -135,6 +138,9 @@ class RoundSection(Section):
     patience: int | None = Field(default=None, ge=1)
     judge: Literal["validation", "released"] = "validation"
     veto: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    aggregate: Literal["mean", "trimmed"] = "mean"
+    group_sites: int = Field(default=LEAST_GROUP, ge=LEAST_GROUP)
+    trim: int = Field(default=1, ge=1)
     checkpoint_every: int | None = Field(default=None, ge=1)
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
     server_lr: float = Field(default=1.0, gt=0)
@@ -262,6 +268,9 @@ class Settings(TypedDict, total=False):
     patience: int | None
     judge: Literal["validation", "released"]
     veto: float | None
+    aggregate: Literal["mean", "trimmed"]
+    group_sites: int
+    trim: int
     checkpoint_every: int | None
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
     server_lr: float
@@ -334,7 +343,7 @@ def wire_settings(job: Job) -> Json:
     for section in SECTIONS.keys() & whole.keys():
         whole[section] = {k: v for k, v in whole[section].items() if v is not None}
     later = {f"server_{name}": value for name, value in plan.UNCHANGED_SERVER.items()}
-    later["judge"] = "validation"
+    later |= {"judge": "validation", "aggregate": "mean", "group_sites": LEAST_GROUP, "trim": 1}
     return whole | {
         "train": plan.without_unchanged(whole["train"], plan.UNCHANGED_TRAINING),
         "round": plan.without_unchanged(whole["round"], later),
@@ -403,6 +412,7 @@ def plan_of(
         public_metrics=job.track.public_metrics, release=protect.release,
         settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=protect.cipher,
         model=shape.model, judge=judge_plan(each, shape.metric_sums),
+        groups=group_plan(each, sites, job.run.seed),
     )  # fmt: skip
     if job.privacy.epsilon is None:
         return found
@@ -514,6 +524,7 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
         )
     algorithms.refuse_server(train_plan(sections["train"]), server_plan(sections["round"]))
     refuse_judge(sections["round"], sections["round"].validate)
+    refuse_groups(sections["round"])
     run = sections[""]
     if run.fold >= run.folds:
         raise BadInput(f"fold: found {run.fold}, expected 0 to folds - 1 = {run.folds - 1}")

@@ -47,6 +47,10 @@ UNSUPPORTED = (
         "round.checkpoint_every", "deployment", "it keeps the model of its last round only",
         "`fedcore simulate` keeps those of earlier rounds",
     ),
+    Unsupported(
+        "round.aggregate", "deployment", "a round of it has one sum, and nobody there could draw groups that all trust",
+        "leave it out: the range bounds what a site adds, each site's guard and round.veto judge the model", "mean",
+    ),
     Unsupported("round.drop", "deployment", "its sites are real processes", _STOP_A_SITE),
     Unsupported("round.dropout", "deployment", "its sites are real processes", _STOP_A_SITE),
     Unsupported(

@@ -14,7 +14,7 @@ bytes, and `go_back` takes them again: an arm of which the best round is release
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import cycle
 from typing import Any
@@ -29,6 +29,7 @@ from fedcore.learning.data.rows import Rows
 from fedcore.learning.data.targets import TargetScale
 from fedcore.learning.guard import GuardMemory
 from fedcore.learning.kept import KeptValues
+from fedcore.learning.robust import trimmed_mean
 from fedcore.learning.rules import rules_of
 from fedcore.learning.rules.parts import Summed
 from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
@@ -37,9 +38,10 @@ from fedcore.learning.site import SiteRows
 from fedcore.learning.state import JobState
 from fedcore.learning.training import OwnModel, TrainReport
 from fedcore.results import AbandonedRound, Columns, UpdateExposure
+from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.summing import sites_of
-from fedcore.types import SiteId
+from fedcore.types import SiteId, WideVector
 
 Scoring = Sequence[Scored | None]
 """An arm's scores: one for each site, None for a site without test rows."""
@@ -198,7 +200,7 @@ class Federated:
         assert federation.step.training_round == round_
         before = dict(federation.watch.seconds)
         witness = None
-        if self.seen is None:
+        if self.seen is None and plan.groups is None:  # else its view would be of its own group
             witness = watch_one(plan.sites, federation.absent(round_))
         try:
             self.release = federation.advance(witness)
@@ -312,6 +314,20 @@ class Federated:
         federation.watch.seconds.update(saved["seconds"])
 
 
+def _float_mean(plan: RoundPlan, sums: Mapping[SiteId, tuple[WideVector, int]]) -> WideVector:
+    """The weighted mean of the sites' updates, or the trimmed mean of those of groups. sums: {site: (update times
+    weight, weight)}."""
+    groups = [list(sums)] if plan.groups is None else plan.groups.survivors(list(sums))
+    means = []
+    for group in groups:
+        total, weight = np.zeros(plan.coordinates), 0
+        for site in group:
+            total += sums[site][0]
+            weight += sums[site][1]
+        means.append(total / weight)
+    return means[0] if plan.groups is None else trimmed_mean(means, plan.groups.trim)
+
+
 class FederatedFloat:
     """The same federation with float averaging: no quantisation, no protection.
 
@@ -325,7 +341,8 @@ class FederatedFloat:
 
     def step(self, round_: int) -> Columns:
         plan, sites = self._prepared.plan, self._prepared.federation.sites
-        total, weight, reports = np.zeros(plan.coordinates), 0, []
+        reports: list[TrainReport | None] = []
+        sums: dict[SiteId, tuple[WideVector, int]] = {}
         survivors = self._beside.survivors
         for index in survivors:
             site = sites[index]
@@ -333,12 +350,11 @@ class FederatedFloat:
             update = site.train(plan, self.state, round_)
             self._kept[index], site.kept = site.kept.settled(), beside
             own = plan.weight_of(len(site.site.train))
-            total += update.astype(np.float64) * own
-            weight += own
+            sums[site.site.id] = update.astype(np.float64) * own, own
             reports.append(site.report)
-        if weight:
+        if sums:
             apply, summed = rules_of(plan.train).apply, Summed(len(survivors), round_)
-            server = apply(plan, self.state.server, total / weight, summed)
+            server = apply(plan, self.state.server, _float_mean(plan, sums), summed)
             self.state = replace(self.state, server=server)
         return {"train_loss": self.budget.add([each for each in reports if each is not None])}
 

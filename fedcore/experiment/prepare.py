@@ -32,6 +32,7 @@ from fedcore.learning.task import Task, load_task
 from fedcore.learning.training import task_code
 from fedcore.learning.warm_start import scale_note
 from fedcore.secagg.encode.pack import Layout as VectorLayout
+from fedcore.secagg.groups import refuse_few
 from fedcore.secagg.in_process import sum_engine
 from fedcore.secagg.label import Terms, label_of, label_warnings
 from fedcore.secagg.plan import RoundPlan, check_threshold
@@ -217,6 +218,7 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         task = task.at_source(next(iter(sources.values())))
     # RoundPlan refuses it too; asking here spares the loading of every site's rows.
     refuse_roster(len(sources), job.protect.protection)
+    refuse_few(job.round, len(sources))
     packing = packing_of(job, len(sources))  # refused before any site is loaded
     if job.privacy.epsilon is not None and job.protect.max_examples is None:
         raise BadInput(

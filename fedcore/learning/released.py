@@ -28,13 +28,14 @@ from fedcore.learning.adaptive_range import (
 )
 from fedcore.learning.data import statistics
 from fedcore.learning.optimisers import ServerState, largest_step
+from fedcore.learning.robust import trimmed_mean
 from fedcore.learning.rules import rules_of
 from fedcore.learning.rules.parts import Summed
 from fedcore.secagg.encode.pack import Opened
 from fedcore.secagg.encode.quantise import dequantise
-from fedcore.secagg.plan import EXCEEDS, RoundPlan, VectorSpec
+from fedcore.secagg.plan import EXCEEDS, WEIGHT, RoundPlan, VectorSpec
 from fedcore.secagg.privacy.privacy_plan import SITE
-from fedcore.types import SiteId, WideVector
+from fedcore.types import Fields, SiteId, WideVector
 
 if TYPE_CHECKING:
     from fedcore.learning.state import JobState
@@ -81,8 +82,7 @@ def applied(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
     """The state after an `update` vector: dequantise, weighted mean, server step, range. Raises ImpossibleSum."""
     check_possible(plan, plan.update_vector, found, _check_counts)
     server, opened, contributors = state.server, found.opened, len(found.survivors)
-    sums = dequantise(opened.coordinates, plan.packing.bits, server.bound, contributors)
-    mean = sums * (plan.max_examples / opened.wides["weight"][0])
+    mean = _mean(plan, opened, server.bound, found.survivors)
     if plan.privacy is not None and plan.privacy.unit != SITE:
         mean = decayed(plan, server, mean)
     moved = rules_of(plan.train).apply(plan, server, mean, Summed(contributors, found.round))
@@ -106,6 +106,28 @@ def decayed(plan: RoundPlan, server: ServerState, mean: WideVector) -> WideVecto
     if not plan.train.weight_decay:
         return mean
     return mean - server.parameters * (plan.train.lr * plan.train.weight_decay)
+
+
+def _mean(plan: RoundPlan, opened: Opened, bound: float, survivors: Sequence[SiteId]) -> WideVector:
+    """(d,) float64: the weighted mean of what the sites sent; with groups, the trimmed mean of those of the groups."""
+    parts = _parts(plan, opened, survivors)
+    weights = opened.wides[WEIGHT]
+    means = [
+        dequantise(part, plan.packing.bits, bound, count) * (plan.max_examples / weight)
+        for (part, count), weight in zip(parts, weights, strict=True)
+    ]
+    return means[0] if plan.groups is None else trimmed_mean(means, plan.groups.trim)
+
+
+def _parts(
+    plan: RoundPlan, opened: Opened, survivors: Sequence[SiteId]
+) -> list[tuple[Fields, int]]:
+    """(coordinates of one sum, its sites): one pair, or one for each group."""
+    if plan.groups is None or not len(opened.coordinates):
+        return [(opened.coordinates, len(survivors))]
+    counts = [len(group) for group in plan.groups.survivors(survivors)]
+    parts = opened.coordinates.reshape(len(counts), -1)
+    return list(zip(parts, counts, strict=True))
 
 
 def measured(plan: RoundPlan, state: JobState, found: OpenedSum) -> JobState:
@@ -142,10 +164,11 @@ def check_possible(
     opened, contributors = found.opened, len(found.survivors)
     coordinates, top = opened.coordinates, (1 << plan.packing.bits) - 1
     if len(coordinates):
-        low, high = int(coordinates.min()), int(coordinates.max())
-        if low < contributors or high > contributors * top:
-            expected = f"{contributors} to {contributors * top}"
-            raise _impossible("coordinates", f"one from {low} to {high}", expected)
+        for part, count in _parts(plan, opened, found.survivors):
+            low, high = int(part.min()), int(part.max())
+            if low < count or high > count * top:
+                expected = f"{count} to {count * top}"
+                raise _impossible("coordinates", f"one from {low} to {high}", expected)
     for wide in spec.wides:
         most = contributors * _cap(plan, wide.name, wide.bits)
         largest = max(opened.wides[wide.name], default=0)
@@ -166,8 +189,8 @@ def _cap(plan: RoundPlan, name: str, bits: int) -> int:
 def _check_counts(opened: Opened) -> None:
     """Of an update: the weight at least 1, and not more coordinates over R than over R / 2."""
     wides = opened.wides
-    if wides["weight"][0] < 1:
-        raise _impossible("weight", wides["weight"][0], "at least 1")
+    if min(wides[WEIGHT]) < 1:
+        raise _impossible(WEIGHT, min(wides[WEIGHT]), "at least 1")
     over, over_half = wides["over_range"][0], wides["over_half_range"][0]
     if over > over_half:
         raise _impossible("over_range", over, f"at most over_half_range, {over_half}")

@@ -92,12 +92,16 @@ SINGLE_UPDATES = {
 }
 """{name: why}: algorithms that need the update of a single site, which nobody has here."""
 
+_BOUNDED = (
+    "leave it out: every coordinate is bounded by the range, weights by max_examples, and each site's guard judges the "
+    'model; in a simulation of 15 sites or more round.aggregate = "trimmed" compares sums of groups '
+    "(docs/algorithms.md)"
+)
 _NEAREST = {
     "qfedavg": "ditto or local_parameters serve sites that the common model fits badly; `per_site` in rounds.jsonl "
     "shows which they are",
     "fednova": "scaffold corrects for sites that drift apart, as far as they take different numbers of steps too",
 }
-_BOUNDED = "every coordinate is bounded by the range, weights by max_examples, and each site's guard judges the model"
 
 
 def algorithm_of(name: str) -> Algorithm:
@@ -109,7 +113,7 @@ def algorithm_of(name: str) -> Algorithm:
         raise PlanRefused(
             f"train.algorithm: found {name!r}, expected one of {', '.join(ALGORITHMS)}: {SINGLE_UPDATES[plain]}, and "
             "under protection only sums exist",
-            remedy=_NEAREST.get(plain, f"leave it out: {_BOUNDED} (docs/algorithms.md)"),
+            remedy=_NEAREST.get(plain, _BOUNDED),
         )
     raise UnknownName("train.algorithm", name, ALGORITHMS)
 

@@ -22,6 +22,7 @@ from fedcore.secagg.crypto.identity_key import IdentityKey, roster_digest
 from fedcore.secagg.crypto.masking import mask_sum
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.crypto.shared_work import shared_work
+from fedcore.secagg.grouped import GroupedSums
 from fedcore.secagg.plan import RoundHeader, RoundPlan, VectorSpec
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.absences import ABANDONED_AT, gone
@@ -129,6 +130,8 @@ class CoordinatorDriver:
 
 def sum_engine(job: str, plan: RoundPlan) -> SumEngine:
     """The engine of a plan's protection. job: its name in the headers of rounds."""
+    if plan.groups is not None:
+        return GroupedSums(job, plan, sum_engine)
     return InProcessFederation(job, plan) if plan.layers.protects else PlainSum(plan)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcore.secagg.algorithms import LEAST_THRESHOLD, algorithm_of, keeps_of, refuse_threshold
+from fedcore.secagg.groups import smallest_group
 from fedcore.secagg.judge_plan import ends_early
 from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
 from fedcore.secagg.privacy.privacy_plan import COLUMN, IN_SUM, RECORD, SITE, PrivacyPlan
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 _PROTECTS, _PROTECTS_NOT = "Protects against: ", "Does not protect against: "
 _PUBLIC = "It learns the metrics of each release over all its sites: the plan makes them public."
 _ENDS = "It learns after which round the sites end training, which follows from their metrics."
+_GROUPS = (
+    "The {sites} sites are in groups of {group} or more, and the updates of each group are opened as a sum of their "
+    "own (round.aggregate): whoever sees sums sees these, so an update hides among those of its group alone, and the "
+    "figures of this label are those of one group."
+)
 _GIVEN = "of the models only the last one, which the plan gives it"
 _STREAMS = "What travels is encrypted by AES-256 streams of a secret that all sites share."
 _TWO_BLOCKS = (
@@ -48,7 +54,8 @@ class Terms:
     statistics: how tables are scaled: by their declared ranges ("ranges", nothing travels), or by sums
     over all sites ("federated"). single_site_features: whether a feature that fewer than 3 sites have is
     taken. second_block: whether a vector holds another combination of what the update was made of, so that a sum is two
-    equations about the same updates. ends: whether the sites may end training before its last round. privacy: of a
+    equations about the same updates. ends: whether the sites may end training before its last round. group: sites of
+    the smallest group whose updates are a sum of their own; 0 for one sum over all. privacy: of a
     job with noise in its sums.
 
     Raises PlanRefused for a threshold outside (n/2, n], or a roster the protection does not take, and as
@@ -65,6 +72,7 @@ class Terms:
     single_site_features: bool = False
     second_block: bool = False
     ends: bool = False
+    group: int = 0
     privacy: PrivacyPlan | None = None
 
     def __post_init__(self) -> None:
@@ -91,7 +99,8 @@ class Terms:
             protection=plan.protection, sites=plan.sites, threshold=plan.threshold, cipher=plan.cipher,
             public_metrics=plan.public_metrics, release=plan.release,
             statistics=plan.standardise, second_block=len(plan.blocks) > 1,
-            ends=plan.judge is not None and plan.judge.ends, privacy=plan.privacy,
+            ends=plan.judge is not None and plan.judge.ends,
+            group=0 if plan.groups is None else plan.groups.smallest, privacy=plan.privacy,
         )  # fmt: skip
 
     @classmethod
@@ -107,7 +116,7 @@ class Terms:
             public_metrics=job.track.public_metrics, release=protect.release,
             statistics=job.train.standardise, single_site_features=protect.single_site_features,
             second_block=bool(algorithm_of(job.train.algorithm).second_block),
-            ends=ends_early(job.round),
+            ends=ends_early(job.round), group=smallest_group(job.round, sites),
             privacy=privacy,
         )  # fmt: skip
 
@@ -145,6 +154,10 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
 
     few_sites: the features that fewer than 3 sites were found to have; None before the statistics.
     """
+    if terms.group and terms.layers.protects:
+        one = label_of(_of_group(terms), few_sites).splitlines()
+        one[1] += " " + _GROUPS.format(sites=terms.count, group=terms.group)
+        return "\n".join(one)
     layers = terms.layers
     lines = _masked(terms) if layers.masks else [*(_ENCRYPTED if layers.encrypts else _PLAIN)]
     if layers.encrypts and terms.cipher == "keystream":
@@ -164,6 +177,12 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
         "difference of their sums and models; only differential privacy bounds that."
     )
     return "\n".join(lines)
+
+
+def _of_group(terms: Terms) -> Terms:
+    """The terms of one group's sums: a roster of its own, with the default threshold for so many sites."""
+    sites = terms.group
+    return replace(terms, sites=sites, threshold=default_threshold(sites), group=0)
 
 
 def _bounded(privacy: PrivacyPlan, threshold: int) -> str:

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.secagg import algorithms, protections
+from fedcore.secagg.groups import GroupPlan
 from fedcore.secagg.judge_plan import JudgePlan
 from fedcore.secagg.packing import Packing, Ring
 from fedcore.secagg.privacy.privacy_plan import IN_SUM, SITE, NoiseGrid, PrivacyPlan, solve_grid
@@ -22,6 +23,9 @@ PLAN_VERSION = 2
 
 SALT_BYTES = 32
 """The fresh salt of every vector under `keystream`; it travels beside the vector."""
+
+WEIGHT = "weight"
+"""The sum of the weights of the updates in a sum; one for each group where a plan has groups."""
 
 EXCEEDS = "exceeds"
 """The mark of a site of which more coordinates exceed the range than the range rule tolerates."""
@@ -242,7 +246,7 @@ def check_threshold(threshold: int, sites: int) -> int:
 
 _UNSTATED = {
     "public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges", "initial_parts": "",
-    "judge": None,
+    "judge": None, "groups": None,
 }  # fmt: skip
 """Values that a plan's JSON leaves out: with them nothing more travels or is shown."""
 
@@ -297,7 +301,8 @@ class RoundPlan:
     statistics over the sites' training rows ("federated").
     cipher: what encrypts vectors under `encrypted` and `layered`; without effect elsewhere.
     model: what the sites' models have in common beside their parameters.
-    judge: by what the sites judge released models; None: nobody does.
+    judge: by what the sites judge released models; None: nobody does. groups: of sites whose updates are a sum of
+    their own; None: one sum over all.
     """
 
     task: str
@@ -321,6 +326,7 @@ class RoundPlan:
     cipher: str = "bfv"
     model: ModelPlan = ModelPlan()
     judge: JudgePlan | None = None
+    groups: GroupPlan | None = None
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):
@@ -348,9 +354,25 @@ class RoundPlan:
             raise UnknownName("train.standardise", self.standardise, STANDARDISE)
         if self.judge is not None:
             self._check_judge(self.judge)
+        if self.groups is not None:
+            self._check_groups(self.groups)
         if self.privacy is not None:
             self._check_for_privacy(self.privacy)
             self._check_privacy(self.privacy)
+
+    def _check_groups(self, found: GroupPlan) -> None:
+        """Raise PlanRefused for groups that are not those of the roster, and for rules that need the mean of all."""
+        if sorted(site for group in found.groups for site in group) != sorted(self.sites):
+            raise PlanRefused(
+                "groups: found other sites than on the roster, expected each of it once"
+            )
+        rules = algorithms.algorithm_of(self.train.algorithm)
+        if rules.second_block or rules.plain_mean:
+            raise PlanRefused(
+                f"round.aggregate: found 'trimmed' with the algorithm {rules.name!r}, expected 'mean': its server step "
+                "is of the mean over all sites",
+                remedy='algorithm = "averaging" or "ditto", with any server optimiser',
+            )
 
     def _check_judge(self, judge: JudgePlan) -> None:
         """Raise PlanRefused where what is judged, or its result, is not what a person would expect."""
@@ -381,6 +403,8 @@ class RoundPlan:
             ("track.public_metrics", self.public_metrics, False, "exact sums of metrics have no noise"),
             ("round.judge", "validation" if self.judge is None else "released", "validation",
              "there are no sums of metrics"),
+            ("round.aggregate", "mean" if self.groups is None else "trimmed", "mean",
+             "the noise is sized for one sum over all sites"),
             ("train.algorithm", train.algorithm, train.algorithm if plain else "averaging",
              "its rules are of steps at the sites, and of vectors without noise"),
             ("train.local_parameters", train.local_parameters, (), "every parameter is in the clipped gradients"),
@@ -524,7 +548,7 @@ class RoundPlan:
         """A round's vector: the update, then its weight, the range counts, the metric sums of the
         model it started from, and a mark of each site whose update exceeds the range."""
         own = (
-            Wide("weight", 1, self.weight_bits),
+            Wide(WEIGHT, 1, self.weight_bits),
             Wide("over_range", 1, self.count_bits),
             Wide("over_half_range", 1, self.count_bits),
         )
@@ -567,7 +591,7 @@ class RoundPlan:
                 raise ValueError
             packing = dict(value["packing"])
             ring, privacy = packing["ring"], value["train"].get("privacy")
-            judge = value.get("judge")
+            judge, groups = value.get("judge"), value.get("groups")
             private = None if privacy is None else PrivacyPlan(**privacy)
             parts = {
                 "sites": tuple(value["sites"]),
@@ -578,6 +602,7 @@ class RoundPlan:
                 "metric_sums": tuple(Wide(**wide) for wide in value["metric_sums"]),
                 "model": ModelPlan(fields.pop("inputs"), fields.pop("initial_parts", "")),
                 "judge": None if judge is None else JudgePlan(**judge),
+                "groups": None if groups is None else GroupPlan(**groups),
             }
             return cls(**fields | parts)
         except (KeyError, TypeError, ValueError) as error:

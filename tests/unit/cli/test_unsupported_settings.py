@@ -24,6 +24,7 @@ ASKED = {
     "round.keep": "best",
     "round.patience": 3,
     "round.checkpoint_every": 2,
+    "round.aggregate": "trimmed",
     "round.drop": ["3:submit:va"],
     "round.dropout": 0.1,
     "track.to": ["mlflow", "wandb"],
