@@ -34,6 +34,10 @@ _SAME = 0.05
 the valid range."""
 
 
+_BEHIND = 50
+"""The weight of the total variation where features are compared, which leave more of a picture open than a gradient."""
+
+
 @dataclass(frozen=True)
 class Search:
     """How `match` searches. steps: of Adam on the sign of the gradient; starts: from so many random inputs, of which
@@ -69,17 +73,14 @@ def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, layer
 
 
-def why_no_inputs(module: nn.Module, size: int) -> str | None:
-    """Why `linear_inputs` has nothing to work on; None where it has. size: numbers of one row."""
+def first_linear(module: nn.Module, size: int) -> bool | None:
+    """Whether the first trained layer is linear over the rows themselves, of `size` numbers; None for a model without
+    any linear layer with a bias, of which `linear_inputs` has nothing to work on."""
     layers = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
     first = next(iter(_linear_layers(module)), None)
-    if first is None or layers[0] is not first[1] or first[1].in_features != size:
-        kind = type(layers[0]).__name__ if layers else "nothing"
-        return (
-            f"found {kind} as the model's first layer, expected a linear layer with a bias over the {size} inputs: "
-            "gradients of other layers are no rows"
-        )
-    return None
+    if first is None:
+        return None
+    return layers[0] is first[1] and first[1].in_features == size
 
 
 def linear_inputs(
@@ -87,14 +88,15 @@ def linear_inputs(
     gradient: WideVector,
     exact: tuple[float, float],
     rows: int,
-    span: tuple[float, float],
+    span: tuple[float, float] | None,
 ) -> Inputs:
-    """(k, size) candidates for the rows of a step, at most `rows` of them, the likeliest first.
+    """(k, size) candidates for what the first linear layer got of the rows of a step, at most `rows` of them, the
+    likeliest first.
 
     A unit that one row alone makes active gives that row, one that several make active a mixture of these. Two units
-    that give the same are probably of the first kind; so are values in the valid range `span`. exact: gradients of a
-    bias of a smaller magnitude are rounding, larger ones were clipped. The module must have a layer for it
-    (`why_no_inputs`).
+    that give the same are probably of the first kind; so are values in the valid range `span`, None where none is
+    known. exact: gradients of a bias of a smaller magnitude are rounding, larger ones were clipped. The module must
+    have such a layer (`first_linear`).
     """
     name = next(iter(_linear_layers(module)))[0]
     parts = _parts(module, gradient)
@@ -104,8 +106,8 @@ def linear_inputs(
     found = (weights[usable] / bias[usable, None]).astype(np.float64)
     if not len(found):
         return np.zeros((0, weights.shape[1]), dtype=np.float32)
-    low, high = span
-    width = high - low
+    low, high = span or (-np.inf, np.inf)
+    width = high - low if span else float(found.std()) + 1e-12
     apart = np.sqrt(((found[:, None, :] - found[None, :, :]) ** 2).mean(axis=2)) / width
     np.fill_diagonal(apart, np.inf)
     outside = np.sqrt((np.clip(found, low, high) - found) ** 2).mean(axis=1) / width
@@ -121,6 +123,47 @@ def linear_inputs(
         if len(taken) == rows:
             break
     return np.asarray(np.clip(found[taken], low, high), dtype=np.float32)
+
+
+def inputs_behind(
+    module: nn.Module, features: Inputs, like: ArrayRows, picture: Sequence[int] | None, span: tuple[float, float],
+    search: Search, *, seed: int,
+) -> Inputs:  # fmt: skip
+    """(k, ...) inputs for which the first linear layer gets these (k, size) features, each searched by itself.
+
+    like, picture, span: as in `match`. The layers before are those of the module in evaluation mode.
+    """
+    module.eval()
+    (low, high), got, shape = span, [], tuple(like.x.shape[1:])
+    layer = next(iter(_linear_layers(module)))[1]
+    handle = layer.register_forward_pre_hook(lambda _, arguments: got.append(arguments[0]))
+    wanted = torch.from_numpy(features)
+    size = wanted.square().mean(dim=1) + 1e-12
+    best, least = torch.zeros(len(features), *shape), torch.full((len(features),), torch.inf)
+    try:
+        with seeded(seed, 0, "", "attack inputs"):
+            for _ in range(search.starts):
+                guess = nn.Parameter(torch.full((len(features), *shape), (low + high) / 2))
+                guess.data += torch.randn_like(guess) * (high - low) / 10
+                rate = search.rate * (high - low)
+                optimiser = Adam([guess], TrainPlan(lr=rate))
+                for step in range(2 * search.steps):
+                    optimiser.param_groups[0]["lr"] = rate * 0.1 ** (step / search.steps)
+                    got.clear()
+                    module(guess)
+                    far = (got[0].reshape(len(features), -1) - wanted).square().mean(dim=1) / size
+                    whole = far.sum() + _BEHIND * search.variation * len(features) * _variation(
+                        guess, picture, high - low
+                    )
+                    guess.grad = torch.autograd.grad(whole, guess)[0]
+                    optimiser.step()
+                    with torch.no_grad():
+                        guess.clamp_(low, high)
+                better = far.detach() < least
+                best[better], least[better] = guess.detach()[better], far.detach()[better]
+    finally:
+        handle.remove()
+    return best.numpy()
 
 
 def labels(

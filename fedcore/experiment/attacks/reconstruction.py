@@ -13,10 +13,11 @@ from fedcore.experiment.attacks.likeness import CANDIDATES, Likeness
 from fedcore.experiment.attacks.scene import UPLOAD, GradientView, Scene, StepRound
 from fedcore.learning.gradient_matching import (
     Inputs,
+    first_linear,
+    inputs_behind,
     labels,
     linear_inputs,
     match,
-    why_no_inputs,
 )  # fmt: skip
 from fedcore.learning.model import FlatModel, single_thread
 from fedcore.results import AttackRow, Reconstruction
@@ -35,19 +36,32 @@ _MOST_ROWS = 8
 
 
 def analytic(scene: Scene) -> Iterator[AttackRow | Reconstruction]:
-    """Lines of the first layer's gradient divided by that of its bias."""
+    """Lines of the gradient of the first linear layer, divided by that of its bias, and inputs behind these where other
+    layers come before."""
     module = scene.prepared.flat.module
     size = int(np.prod(scene.inputs.x.shape[1:]))
-    if reason := scene.why_no_step() or why_no_inputs(module, size):
+    of_rows, reason = first_linear(module, size), scene.why_no_step()
+    if of_rows is None and reason is None:
+        reason = (
+            "found no linear layer with a bias in the model: gradients of other layers are no rows"
+        )
+    if reason is not None:
         yield _refused("analytic", scene, reason)
         return
 
     def attempt(flat: FlatModel, view: GradientView, _: StepRound) -> Inputs:
-        rows = min(view.rows, 4 * _MOST_ROWS)
-        return linear_inputs(flat.module, view.gradient, view.exact, rows, scene.span)
+        if of_rows:
+            rows = min(view.rows, 4 * _MOST_ROWS)
+            return linear_inputs(flat.module, view.gradient, view.exact, rows, scene.span)
+        rows = min(view.rows, _MOST_ROWS)
+        features = linear_inputs(flat.module, view.gradient, view.exact, rows, None)
+        return inputs_behind(
+            flat.module, features, scene.inputs, scene.picture, scene.span, scene.effort.search, seed=scene.seed
+        )  # fmt: skip
 
     for batch in scene.effort.batches:
-        yield from _attacked("analytic", scene, batch, attempt, scene.effort.analytic_rows)
+        rows = scene.effort.analytic_rows if of_rows else scene.effort.searched_rows
+        yield from _attacked("analytic", scene, batch, attempt, rows)
 
 
 def inversion(scene: Scene) -> Iterator[AttackRow | Reconstruction]:

@@ -18,7 +18,7 @@ from fedcore.cli import main as commands
 from fedcore.errors import UnknownName
 from fedcore.experiment.attacks.intervals import least_non_members, share_interval
 from fedcore.experiment.attacks.likeness import MOST_PSNR, Likeness, similarity
-from fedcore.experiment.attacks.reconstruction import inversion
+from fedcore.experiment.attacks.reconstruction import analytic, inversion
 from fedcore.experiment.attacks.registry import run_attacks
 from fedcore.experiment.attacks.scene import Effort, Scene
 from fedcore.experiment.prepare import job_for
@@ -133,13 +133,22 @@ def test_a_job_whose_updates_are_no_gradients_has_a_row_with_the_reason(more, se
     assert all(reason in each.refused for each in found.rows)
 
 
-def test_a_model_that_begins_with_another_layer_has_a_row_with_the_reason():
-    module = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2)
-    )
-    assert "found Conv2d" in gradient_matching.why_no_inputs(module, 64)
-    assert gradient_matching.why_no_inputs(torch.nn.Linear(64, 2), 64) is None
-    assert "found Linear" in gradient_matching.why_no_inputs(torch.nn.Linear(64, 2, bias=False), 64)
+def test_where_the_first_linear_layer_is():
+    convolutions = [torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten()]
+    behind = torch.nn.Sequential(*convolutions, torch.nn.Linear(144, 2))
+    assert gradient_matching.first_linear(behind, 64) is False
+    assert gradient_matching.first_linear(torch.nn.Linear(64, 2), 64) is True
+    assert gradient_matching.first_linear(torch.nn.Linear(64, 2, bias=False), 64) is None
+    assert gradient_matching.first_linear(torch.nn.Sequential(*convolutions), 64) is None
+
+
+def test_a_picture_of_clothes_is_found_behind_two_convolutions():
+    layer = {"task": "fashion", "sites.rows": 1400, "sites.n": 3, "protect.protection": "plain"}
+    scene = Scene(*job_for(None, layer), Effort((1,), searched_rows=1, search=Search(150, 1)))
+    found = [each for each in analytic(scene) if "chance" in each]
+    upload = next(r for r in found if (r.party, r.view) == ("coordinator", "the upload"))
+    assert upload.value == 1.0
+    assert upload.more["psnr_db"] > upload.more["chance_psnr_highest_db"] + 1
 
 
 def test_lying_sites_ask_for_ages_of_patients():
