@@ -20,7 +20,7 @@ from fedcore.cli.console import application, echo, emit_or_show, say, stderr
 from fedcore.cli.console import run as run_command
 from fedcore.cli.flags import AsJson, Force, JobFile, Out, Settings, job_command
 from fedcore.cli.progress import RoundsProgress, SplitsProgress, reading_shown
-from fedcore.errors import EXIT_REFUSED, Abandoned, BadInput, FedcoreError, Refused
+from fedcore.errors import EXIT_REFUSED, Abandoned, AlreadyExists, BadInput, FedcoreError, Refused
 from fedcore.files import RESULT_FILE, ROUNDS_FILE, is_grid, read_json, write_atomic
 from fedcore.results import Result, RoundRow, SplitResult
 
@@ -331,10 +331,15 @@ def attack(
             "--fpr", help="False positive rate for membership, repeatable; takes test rows enough."
         ),
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A new folder for the page and its numbers.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack a job as each party sees it, in short recorded rounds. Under `plain`, too, as the control."""
     _starting("attack", job, settings)
+    if out is not None and out.exists():
+        raise AlreadyExists(f"--out: found {out}, expected a new folder", remedy="another --out")
     say("loading torch")
     from fedcore.experiment.attacks.registry import run_attacks
     from fedcore.experiment.prepare import job_for
@@ -348,6 +353,10 @@ def attack(
             rates=fpr or (),
             say=say,
         )
+    if out is not None:
+        from fedcore.report.attack_page import write_page
+
+        say(f"page: {write_page(found, out)}")
     emit_or_show(found.to_json(), lambda _: attack_summary(found), as_json)
 
 

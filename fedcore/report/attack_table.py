@@ -1,6 +1,7 @@
 """The terminal output of `fedcore attack`: a line for each adversary and view, then a sentence for each."""
 
-from itertools import groupby
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -14,7 +15,7 @@ def attack_summary(result: AttackResult) -> RenderableType:
     """A table for each measure, and what each row shows and does not show."""
     parts: list[RenderableType] = []
     ordered = [row for row in result.rows if row.refused is None]
-    for measure, rows in groupby(ordered, key=lambda row: row.measure):
+    for measure, rows in together(ordered, lambda row: row.measure).items():
         table = grid(
             "attack",
             "party",
@@ -33,9 +34,7 @@ def attack_summary(result: AttackResult) -> RenderableType:
                 figure(row.chance, measure), BEYOND[row.beyond_chance],
             )  # fmt: skip
         parts += [Text(measure), fitted(table), Text()]
-    for row in result.rows:
-        if row.refused:
-            parts.append(Text(f"{row.attack}: no figure: {plain(row.refused)}"))
+    parts += [Text(f"{attack}: no figure: {reason}") for attack, reason in without_figure(result)]
     said = dict.fromkeys(
         f"{row.attack} {row.setting}, {row.protection}: {row.shows}" for row in ordered if row.shows
     )
@@ -44,6 +43,24 @@ def attack_summary(result: AttackResult) -> RenderableType:
         Text(text, style="dim") for text in dict.fromkeys(r.not_shown for r in ordered) if text
     ]
     return Group(*parts)
+
+
+Each = TypeVar("Each")
+
+
+def together(found: Iterable[Each], name: Callable[[Each], str]) -> dict[str, list[Each]]:
+    """{name: those that have it}, in the order in which names come first."""
+    named: dict[str, list[Each]] = {}
+    for each in found:
+        named.setdefault(name(each), []).append(each)
+    return named
+
+
+def without_figure(result: AttackResult) -> list[tuple[str, str]]:
+    """(attack, reason) of the rows that have none, each once."""
+    return list(
+        dict.fromkeys((plain(row.attack), plain(row.refused)) for row in result.rows if row.refused)
+    )
 
 
 BEYOND = {True: "yes", False: "no", None: DASH}

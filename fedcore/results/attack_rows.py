@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fedcore.results.json_record import JsonRecord
 
-__all__ = ["AttackResult", "AttackRow", "Reconstruction"]
+__all__ = ["AttackResult", "AttackRow", "Reconstruction", "RocCurve"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,16 @@ class Reconstruction(JsonRecord):
 
 
 @dataclass(frozen=True)
+class RocCurve(JsonRecord):
+    """Shares of others and of training rows that are accepted, over all thresholds, both rising from 0 to 1."""
+
+    attack: str
+    protection: str
+    false_positives: tuple[float, ...]
+    true_positives: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class AttackResult(JsonRecord):
     """All rows of one `fedcore attack`. label: of the run that is attacked; seconds: it took."""
 
@@ -68,5 +78,6 @@ class AttackResult(JsonRecord):
     preset: str
     rows: tuple[AttackRow, ...]
     reconstructions: tuple[Reconstruction, ...] = ()
+    curves: tuple[RocCurve, ...] = ()
     seconds: float = 0.0
     kind: str = "attack"

@@ -26,7 +26,7 @@ from fedcore.learning.data.rows import ArrayRows, pool
 from fedcore.learning.model import single_thread
 from fedcore.learning.state import model_digest
 from fedcore.learning.training import OwnModel
-from fedcore.results import AttackRow
+from fedcore.results import AttackRow, RocCurve
 from fedcore.seeds import generator
 
 Scores = NDArray[np.float64]
@@ -39,6 +39,8 @@ _SURE = 0.998
 """Of intervals that decide whether a row is beyond chance: one in a thousand on either side."""
 
 _FOLDS, _RIDGE = 5, 1.0
+
+_POINTS = 200
 
 _NOT_SHOWN = (
     "Encryption does not change black-box membership: the model is the same bits under every protection. Differential "
@@ -79,19 +81,19 @@ def too_few(others: int, rate: float) -> str:
     )
 
 
-def quantile(scene: Scene) -> Iterator[AttackRow]:
+def quantile(scene: Scene) -> Iterator[AttackRow | RocCurve]:
     """Confidence against what rows that were not trained on lead one to expect."""
     yield from _attacked("membership-quantile", scene, _against_expected)
 
 
-def lira(scene: Scene) -> Iterator[AttackRow]:
+def lira(scene: Scene) -> Iterator[AttackRow | RocCurve]:
     """Confidence against reference models with and without the row."""
     yield from _attacked("membership-lira", scene, _against_references)
 
 
 def _attacked(
     name: str, scene: Scene, attack: Callable[[Scene, ReleasedModel], tuple[Scores, Scores]]
-) -> Iterator[AttackRow]:
+) -> Iterator[AttackRow | RocCurve]:
     if scene.inputs.labels() is None:
         yield AttackRow(
             name, "anyone", "the model", scene.job.protect.protection, "", 0, "ROC-AUC",
@@ -102,6 +104,7 @@ def _attacked(
         found = _released(scene, protection)
         member, other = attack(scene, found)
         yield from _rows(name, protection, found, member, other, scene.rates)
+        yield RocCurve(name, protection, *roc_points(member, other))
 
 
 def _released(scene: Scene, protection: str) -> ReleasedModel:
@@ -263,6 +266,16 @@ def at_false_positives(member: Scores, other: Scores, rate: float) -> tuple[int,
     allowed = math.floor(rate * len(other))
     threshold = np.sort(other)[len(other) - 1 - allowed]
     return int((member > threshold).sum()), int((other > threshold).sum())
+
+
+def roc_points(member: Scores, other: Scores) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(false, true) positives over all thresholds, at most _POINTS of them, denser where they are few."""
+    ordered = np.sort(other)[::-1]
+    picked = np.unique(np.geomspace(1, len(other), _POINTS).astype(int)) - 1
+    thresholds = ordered[picked]
+    false = (other[:, None] >= thresholds).mean(axis=0)
+    true = (member[:, None] >= thresholds).mean(axis=0)
+    return tuple(false.round(6).tolist()), tuple(true.round(6).tolist())
 
 
 def roc_area(member: Scores, other: Scores) -> tuple[float, float]:

@@ -11,9 +11,9 @@ from fedcore.errors import UnknownName, require_extra
 from fedcore.experiment.attacks import lying_site, membership, one_run_audit, reconstruction
 from fedcore.experiment.attacks.scene import PRESETS, Scene
 from fedcore.learning.task import Task
-from fedcore.results import AttackResult, AttackRow, Reconstruction
+from fedcore.results import AttackResult, AttackRow, Reconstruction, RocCurve
 
-Found = AttackRow | Reconstruction
+Found = AttackRow | Reconstruction | RocCurve
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def run_attacks(
         tuple(plan.sites), job.run.seed, preset,
         tuple(each for each in found if isinstance(each, AttackRow)),
         tuple(each for each in found if isinstance(each, Reconstruction)),
+        tuple(each for each in found if isinstance(each, RocCurve)),
         round(time.perf_counter() - started, 1),
     )  # fmt: skip
 

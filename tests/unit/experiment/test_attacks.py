@@ -5,10 +5,15 @@ The control of every "nothing" is the same attack on the same rounds where nothi
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -24,7 +29,8 @@ from fedcore.experiment.attacks.scene import Effort, Scene
 from fedcore.experiment.prepare import job_for
 from fedcore.learning import gradient_matching
 from fedcore.learning.gradient_matching import Search
-from fedcore.results import AttackResult
+from fedcore.report.attack_page import picture_uri, write_page
+from fedcore.results import AttackResult, RocCurve
 
 
 @cache
@@ -159,6 +165,33 @@ def test_lying_sites_ask_for_ages_of_patients():
 def test_an_attack_of_another_name_is_refused():
     with pytest.raises(UnknownName, match="analytic"):
         run_attacks(*job_for(tiny(), {}), ["analitic"])
+
+
+def test_the_page_has_the_pictures_and_loads_nothing(tmp_path):
+    found = attacked("analytic", "layered")
+    said = replace(
+        found, task="<script>x</script>", curves=(RocCurve("m", "plain", (0.01, 1.0), (0.1, 1.0)),)
+    )
+    page = write_page(said, tmp_path / "new").read_text()
+    assert "<script" not in page
+    assert page.count("data:image/png;base64,") >= 2
+    assert 'd="M102.9 68.6L240.0 0.0"' in page
+    assert page.count("<h2>Identified among 100</h2>") == 1
+    assert not re.findall(r'(?:src|href)="(?!data:|attack.json)', page)
+    assert json.loads((tmp_path / "new" / "attack.json").read_text())["kind"] == "attack"
+
+
+def test_pictures_of_the_page_are_the_pixels():
+    shown = base64.b64decode(picture_uri((0, 255, 128, 7), (2, 2)).partition(",")[2])
+    read = matplotlib.image.imread(io.BytesIO(shown), format="png")
+    assert (read * 255).round().astype(int).tolist() == [[0, 255], [128, 7]]
+
+
+def test_a_folder_that_exists_is_refused_before_anything_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["attack", "--task", "heart", "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "expected a new folder" in capsys.readouterr().err
 
 
 def test_the_command_prints_one_json_document(capsys):
