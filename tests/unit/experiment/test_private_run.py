@@ -1,12 +1,13 @@
 """Runs with noise in their sums: what leaves a site, what is abandoned, and what a person is told."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import fedcore
-from fedcore.cli.reproduce import reproduce
+from fedcore.cli.reproduce import _compared, reproduce
 from fedcore.config import plan_of
 from fedcore.errors import BadInput, RoundAbandoned
 from fedcore.experiment.loop import Experiment
@@ -160,15 +161,24 @@ def test_reproduce_of_a_comparison_compares_the_arms_without_noise(tmp_path):
         "folds": 2,
     }
     settings |= {"noise": "site", "protection": "plain"}
-    fedcore.compare("heart", seeds=1, workers=1, out=tmp_path / "all", **settings)
-    found = reproduce(tmp_path / "all")
+    old = fedcore.compare("heart", seeds=1, workers=1, out=tmp_path / "all", **settings).result
+
+    def again(arm):
+        """Another run of it, of which one arm has another score."""
+        first = old.cells[0]
+        arms = first.arms | {arm: {**first.arms[arm], "auc": 0.5}}
+        return replace(old, cells=(replace(first, arms=arms, model_sha256="other"), *old.cells[1:]))
+
+    found = _compared(old, again("federated"))
     assert found.same, found.difference
     assert "secret samples" in found.except_for
-    result = tmp_path / "all" / "result.json"
-    stored = json.loads(result.read_text())
-    stored["cells"][0]["arms"]["centralised"]["auc"] += 0.1
-    result.write_text(json.dumps(stored))
-    assert "seed 0, fold 0: the split's arms differ" in reproduce(tmp_path / "all").difference
+    assert (
+        _compared(old, again("centralised")).difference == "seed 0, fold 0: the split's arms differ"
+    )
+    without = replace(old, plan=old.plan | {"train": {}})
+    assert not _compared(without, again("federated")).same, (
+        "the control: without noise every arm counts"
+    )
 
 
 def test_gap_has_a_part_for_privacy_and_the_parts_add_up(tmp_path):
