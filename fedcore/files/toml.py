@@ -27,6 +27,9 @@ class Section(BaseModel):
 _PASSWORD = re.compile(r"(//[^:/@\s]*:).*@")
 """Of a URL: it is not shown."""
 
+_LENGTH = re.compile(r"^\w+ should have (at \w+ \d+ items?) after validation.*")
+"""Pydantic's words on the length of a list."""
+
 S = TypeVar("S", bound=Section)
 
 
@@ -75,13 +78,29 @@ def _refused(model: type[Section], path: Path, error: ValidationError) -> BadInp
         return UnknownName(f"{path.name}: key", place, known, remedy=_elsewhere(model, place))
     if first["type"] == "missing":
         return BadInput(f"{path.name}: {place}: found nothing, expected a value")
-    return BadInput(f"{path.name}: {place}: {found_and_expected(first)}")
+    line = _line(path, place)
+    remedy = f"line {line} of {path}" if line else ""
+    return BadInput(f"{path.name}: {place}: {found_and_expected(first)}", remedy=remedy)
+
+
+def _line(path: Path, place: str) -> int:
+    """The number of the line with a key, or the key above it that stands in the file; 0 where none is found."""
+    table, found, depth = "", 0, 0
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if header := re.match(r"\s*\[([^\[\]]+)\]", text):
+            table = f"{header[1].strip()}."
+        elif key := re.match(r"\s*([A-Za-z0-9_.-]+)\s*=", text):
+            name = table + key[1]
+            if f"{place}.".startswith(f"{name}.") and len(name) > depth:
+                found, depth = number, len(name)
+    return found
 
 
 def found_and_expected(error: ErrorDetails) -> str:
     """What pydantic found at one place, and what it expected there."""
     words = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     words = words.removeprefix("a valid ").partition(", unable")[0]
+    words = _LENGTH.sub(r"\1", words)
     found = _PASSWORD.sub(r"\1***@", repr(error["input"]))
     return f"found {found}, expected {words[:1].lower()}{words[1:]}"
 

@@ -44,7 +44,15 @@ def test_a_file_of_its_own_has_the_keys_of_the_table(tmp_path):
         (SITE_TOML, "most_rounds = 5\n", ("nothing that names it", 'write `policy = "policy.toml"`')),
         (NAMED, None, ("policy.toml: found no such file",)),
         (NAMED, "most_round = 3\n", ("policy.toml: key", "'most_rounds'")),
-        (NAMED, "minimum_sites = 2\n", ("policy.toml: minimum_sites: found 2",)),
+        (NAMED, "minimum_sites = 2\n", ("policy.toml: minimum_sites: found 2", "line 1 of")),
+        (
+            NAMED, "\njobs = 'ask'\nprotections = [\n]\n",
+            ("policy.toml: protections: found [], expected at least 1 item", "line 3 of"),
+        ),
+        (
+            f"{SITE_TOML}[policy]\nminimum_sites = 2\n", None,
+            ("site.toml: policy.minimum_sites: found 2", f"line {SITE_TOML.count(chr(10)) + 2} of"),
+        ),
         (NAMED, "[policy]\nmost_rounds = 3\n", ("found a table [policy]", "at the top of this file")),
         (NAMED, "most_rounds = \n", ("policy.toml: it cannot be read as TOML",)),
     ],
