@@ -319,17 +319,18 @@ class JobWork:
 
     async def _opened(self, asked: effects.OpenSum, opened: Callable[[Iterable[bytes]], T]) -> T:
         """A sum that came inside the session is opened at once, another one chunk by chunk while it comes."""
-        chunks, header = self.inline.pop(asked.digest, None), asked.header.digest
-        if chunks is not None:
-            self.link.doing(self.id, "opening")
-            return await self._beside(partial(opened, chunks))
-        self.link.doing(self.id, "downloading")
+        header, here = asked.header.digest, asked.digest in self.inline
         wanted = partial(self._parts.rounds.awaits_sum, header)
 
         async def download(each: EachChunk) -> None:
             await self.fetch(frames.SUM, asked.digest, wanted, each, header)
             self.link.doing(self.id, "opening")
 
+        if here:
+            parts: dict[int, bytes] = {}
+            await download(parts.__setitem__)
+            return await self._beside(lambda: opened(parts.values()))
+        self.link.doing(self.id, "downloading")
         return await read_on_the_way(download, opened)
 
     async def open_sum(self, asked: effects.OpenSum) -> events.SiteEvent:
