@@ -5,6 +5,7 @@ every random draw derives from these.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from fedcore.errors import BadInput, UnknownName
+from fedcore.learning.data.kinds import Indices
 from fedcore.learning.data.rows import Rows, copied
 from fedcore.learning.device import beside, rows_beside
 from fedcore.learning.model import FlatModel, seeded
@@ -44,14 +46,14 @@ class Optimiser(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-class _Functional:
+class Functional(ABC):
     """A class of `torch.optim` by its functional form, with the same bits and the same saved state.
 
     The first object of a `torch.optim` class imports torch's compiler: 2 s of CPU and 800 modules in every
     process that trains.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], plan: TrainPlan) -> None:
+    def __init__(self, parameters: Sequence[Tensor], plan: TrainPlan) -> None:
         self._parameters, self._plan = list(parameters), plan
         self.param_groups: list[dict[str, Any]] = [{"lr": plan.lr}]
 
@@ -62,17 +64,37 @@ class _Functional:
             elif parameter.grad is not None:
                 parameter.grad.zero_()
 
-    def _used(self) -> list[tuple[int, nn.Parameter, Tensor]]:
+    @abstractmethod
+    def step(self) -> None: ...
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    def first(self, count: int, gradients: Sequence[Tensor]) -> None:
+        """Of parameters stacked along their first dimension: go on with the first so many, which have these
+        gradients."""
+        self._parameters = [p[:count] for p in self._parameters]
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _used(self) -> list[tuple[int, Tensor, Tensor]]:
         """Number, parameter and gradient of those that have one."""
         return [(i, p, p.grad) for i, p in enumerate(self._parameters) if p.grad is not None]
 
 
-class Sgd(_Functional):
+class Sgd(Functional):
     """`torch.optim.SGD`."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], plan: TrainPlan) -> None:
+    def __init__(self, parameters: Sequence[Tensor], plan: TrainPlan) -> None:
         super().__init__(parameters, plan)
         self._momenta: list[Tensor | None] = [None] * len(self._parameters)
+
+    def first(self, count: int, gradients: Sequence[Tensor]) -> None:
+        super().first(count, gradients)
+        self._momenta = [None if m is None else m[:count] for m in self._momenta]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -98,15 +120,22 @@ class Sgd(_Functional):
             self._momenta[i] = None if momentum is None else momentum.to(device, copy=True)
 
 
-class Adam(_Functional):
+class Adam(Functional):
     """`torch.optim.Adam`, and with `decoupled` weight decay `torch.optim.AdamW`."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], plan: TrainPlan, *, decoupled: bool = False
+        self, parameters: Sequence[Tensor], plan: TrainPlan, *, decoupled: bool = False
     ) -> None:
         super().__init__(parameters, plan)
         self._decoupled = decoupled
         self._moments: dict[int, dict[str, Tensor]] = {}
+
+    def first(self, count: int, gradients: Sequence[Tensor]) -> None:
+        super().first(count, gradients)
+        self._moments = {
+            i: {name: value if name == "step" else value[:count] for name, value in each.items()}
+            for i, each in self._moments.items()
+        }
 
     @torch.no_grad()
     def step(self) -> None:
@@ -146,7 +175,7 @@ class Adam(_Functional):
         }
 
 
-OPTIMISERS: dict[str, Callable[[Any, TrainPlan], Optimiser]] = {
+OPTIMISERS: dict[str, Callable[[Any, TrainPlan], Functional]] = {
     "sgd": Sgd,
     "adam": Adam,
     "adamw": partial(Adam, decoupled=True),
@@ -323,6 +352,11 @@ def batch_norm_needs_two(where: str) -> Iterator[None]:
         ) from error
 
 
+def epoch_order(rows: int, seeds: tuple[int, int, str], epoch: int) -> Indices:
+    """The order in which an epoch takes so many rows. seeds: (seed, round, site)."""
+    return generator(*seeds, f"shuffle {epoch}").permutation(rows)
+
+
 def _own_loop(
     task: Task,
     module: nn.Module,
@@ -338,7 +372,7 @@ def _own_loop(
     add_term = _added_term(trained, term)
     batch_size = getattr(rows, "batch_size", None) or plan.batch_size
     for epoch in range(plan.epochs):
-        order = generator(*seeds, f"shuffle {epoch}").permutation(len(rows))
+        order = epoch_order(len(rows), seeds, epoch)
         if lone_row_breaks(module, len(order), batch_size):
             order = order[:-1]
         if getattr(rows, "drop_last", False):
