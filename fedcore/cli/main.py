@@ -70,7 +70,8 @@ def _starting(command: str, job: Path | None, settings: Settings) -> None:
 
 
 @job_command(
-    app, "task protection cipher rounds seed bits threshold drop dropout validate device initial"
+    app,
+    "task protection cipher sum executor rounds cohort seed bits threshold drop dropout validate device initial",
 )
 def simulate(
     settings: Settings,
@@ -123,10 +124,11 @@ def _show_header(prepared: Prepared, path: Path) -> None:
     from fedcore.report import terminal
 
     plan, rows = prepared.plan, sum(map(len, prepared.sites))
-    facts = [f"{len(plan.sites)} sites", f"{rows:,} rows", model_summary(prepared.flat)]
+    sites = f"{len(plan.sites):,} sites" + (f", {plan.cohort:,} a round" if plan.cohort else "")
+    facts = [sites, f"{rows:,} rows", model_summary(prepared.flat)]
     facts += [f"{name} = {value}" for name, value in prepared.task.given.items()]
     facts += [prepared.job.run.device] if prepared.job.run.device != "cpu" else []
-    facts += [plan.protection, str(path)]
+    facts += [plan.protection, *prepared.about_engine, str(path)]
     terminal.show(stderr, terminal.header(prepared.task.name, facts, prepared.label))
     if plan.train.initial:
         say(f"initial: model {plan.train.initial[:12]} of {prepared.job.run.initial}")
@@ -231,7 +233,7 @@ def up(
 
 @job_command(
     app,
-    "task protection cipher rounds seeds workers threshold drop dropout validate device initial",
+    "task protection cipher sum executor rounds cohort seeds workers threshold drop dropout validate device initial",
 )
 def compare(
     settings: Settings,

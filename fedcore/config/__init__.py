@@ -41,7 +41,8 @@ def _path_text(value: Any) -> Any:
 
 class RunSection(Section):
     """Top level of a job file. Of simulations only: initial, a released model to begin with in place of the seed's;
-    device, where models are trained and evaluated."""
+    device, where models are trained and evaluated; sum, whether sums are made by the whole protocol or added without
+    cryptography; executor, how the sites are trained."""
 
     task: str = "heart"
     seed: int = Field(default=0, ge=0, lt=1 << 62)
@@ -49,6 +50,8 @@ class RunSection(Section):
     folds: int = Field(default=5, ge=2)
     initial: Annotated[str | None, BeforeValidator(_path_text)] = None
     device: Literal["cpu", "cuda", "mps"] = "cpu"
+    sum: Literal["full", "exact"] = "full"
+    executor: Literal["sequential", "batched", "auto"] = "sequential"
 
 
 class TrainSection(Section):
@@ -128,11 +131,12 @@ class RoundSection(Section):
     apart ("validation", in one process only), or the metrics that each release opens ("released"); veto: as in
     `JudgePlan`. In one process only: aggregate, group_sites, trim: the mean of all updates, or the trimmed mean of
     those of groups of at least so many sites, of which `trim` are left out at either end; checkpoint_every: after how
-    many rounds the model is kept.
+    many rounds the model is kept; cohort: how many sites each sum is of, drawn anew for every round, without it all.
     submit_seconds: at a deployed site, no vector is sent before so many seconds after its round was
     announced, and no survey before so many after the offer: else the time tells of rows (PROTOCOL U)."""
 
     rounds: int = Field(default=20, ge=1)
+    cohort: int | None = Field(default=None, ge=1)
     validate: float | None = Field(default=None, gt=0, lt=1)  # type: ignore[assignment]
     keep: Literal["last", "best"] | None = None
     patience: int | None = Field(default=None, ge=1)
@@ -222,6 +226,8 @@ class Settings(TypedDict, total=False):
     folds: int
     initial: str | Path | None
     device: Literal["cpu", "cuda", "mps"]
+    sum: Literal["full", "exact"]
+    executor: Literal["sequential", "batched", "auto"]
     train: Mapping[str, object]
     optimiser: Literal["sgd", "adam", "adamw"]
     lr: float
@@ -263,6 +269,7 @@ class Settings(TypedDict, total=False):
     sample_rate: float
     round: Mapping[str, object]
     rounds: int
+    cohort: int | None
     validate: float | None
     keep: Literal["last", "best"] | None
     patience: int | None
@@ -326,7 +333,7 @@ class Job:
         return {**self.run.model_dump(mode="json"), **sections, **about}
 
 
-_PATHS_AND_DEVICE = {"task", "base", "initial", "device"}
+_OF_SIMULATIONS = {"task", "base", "initial", "device", "sum", "executor"}
 _RECORD = {"to", "keep_scores"}
 
 
@@ -339,7 +346,7 @@ def deployed_settings(job: Job) -> Json:
 def wire_settings(job: Job) -> Json:
     """What travels of a job: every setting, nothing of this machine's paths, nothing that is unset or is a later
     setting that changes nothing."""
-    whole = {k: v for k, v in deployed_settings(job).items() if k not in _PATHS_AND_DEVICE}
+    whole = {k: v for k, v in deployed_settings(job).items() if k not in _OF_SIMULATIONS}
     for section in SECTIONS.keys() & whole.keys():
         whole[section] = {k: v for k, v in whole[section].items() if v is not None}
     later = {f"server_{name}": value for name, value in plan.UNCHANGED_SERVER.items()}
@@ -401,7 +408,7 @@ def plan_of(
     fields += sum(wide.count * limb_count(wide.bits, protect.bits) for wide in shape.metric_sums)
     found = plan.RoundPlan(
         task=shape.task, task_digest=shape.task_digest, sites=sites, protection=protect.protection,
-        packing=packing_of(job, len(sites), fields),
+        packing=packing_of(job, each.cohort or len(sites), fields),
         parameters=shape.parameters, buffer_coordinates=shape.buffer_coordinates,
         max_examples=max_examples, rounds=each.rounds,
         train=train,
@@ -412,7 +419,7 @@ def plan_of(
         public_metrics=job.track.public_metrics, release=protect.release,
         settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=protect.cipher,
         model=shape.model, judge=judge_plan(each, shape.metric_sums),
-        groups=group_plan(each, sites, job.run.seed),
+        groups=group_plan(each, sites, job.run.seed), cohort=each.cohort or 0,
     )  # fmt: skip
     if job.privacy.epsilon is None:
         return found

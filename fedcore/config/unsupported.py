@@ -36,6 +36,18 @@ UNSUPPORTED = (
         "device", "deployment", "its sites train on their CPUs, for the bits of a simulation",
         "`fedcore simulate` and `fedcore compare` use a GPU", "cpu",
     ),
+    Unsupported(
+        "sum", "deployment", "its sums are made by the whole protocol",
+        "`fedcore simulate --sum exact` adds without cryptography, for the same model in less time", "full",
+    ),
+    Unsupported(
+        "executor", "deployment", "each site trains by itself",
+        "leave it out: `fedcore simulate` can train many sites at once", "sequential",
+    ),
+    Unsupported(
+        "round.cohort", "deployment", "every site of the roster takes part in every round",
+        "`fedcore simulate` draws cohorts; deployed, protect.threshold says how many sites a round needs",
+    ),
     Unsupported("round.validate", "deployment", _SPLITS_OF_OPERATORS, _FIND_ROUNDS),
     Unsupported(
         "round.keep", "deployment", "no rows are kept apart", _JUDGE_RELEASED, "last", _BY_RELEASED

@@ -200,7 +200,9 @@ class Federated:
         assert federation.step.training_round == round_
         before = dict(federation.watch.seconds)
         witness = None
-        if self.seen is None and plan.groups is None:  # else its view would be of its own group
+        # Of groups its view would be of its own group.
+        shows = federation.engine.as_planned and plan.groups is None and not plan.cohort
+        if self.seen is None and shows:
             witness = watch_one(plan.sites, federation.absent(round_))
         try:
             self.release = federation.advance(witness)
@@ -239,7 +241,7 @@ class Federated:
         stage, left = abandoned.stage, abandoned.left
         self.survivors = ()
         self.abandoned.append(AbandonedRound(round=round_, stage=stage, left=left))
-        sites, needed = len(self._prepared.plan.sites), abandoned.threshold
+        sites, needed = self._prepared.plan.per_round, abandoned.threshold
         unmeasured = ("train_loss", "clipped_fraction", "bytes_up", "bytes_down")
         return {
             **dict.fromkeys(unmeasured),
@@ -344,8 +346,9 @@ class FederatedFloat:
         reports: list[TrainReport | None] = []
         sums: dict[SiteId, tuple[WideVector, int]] = {}
         survivors = self._beside.survivors
-        for index in survivors:
-            site = sites[index]
+        executor = self._prepared.federation.executor
+        trained = executor.ready([sites[k] for k in survivors], plan, self.state, round_)
+        for index, site in zip(survivors, trained, strict=True):
             beside, site.kept = site.kept, self._kept[index]
             update = site.train(plan, self.state, round_)
             self._kept[index], site.kept = site.kept.settled(), beside

@@ -153,6 +153,8 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         statistics=prepared.statistics.to_json() if prepared.statistics else None,
         origin=Origin(environment(), started.strftime("%Y-%m-%dT%H:%M:%SZ")),
         protected=protected,
+        sum=None if prepared.federation.engine.as_planned else job.run.sum,
+        executor=chosen.to_json() if (chosen := prepared.federation.choice) is not None else None,
     )
     capped = [one.note for one in prepared.loaded if one.note]
     found = [f"{text[:1].upper()}{text[1:]} (hint: {hint})." for text, hint in prepared.findings]

@@ -23,7 +23,7 @@ from fedcore.learning.dealing import dealt
 from fedcore.learning.device import move_loss, require_device
 from fedcore.learning.findings import lines
 from fedcore.learning.metric_sums import MetricTransport
-from fedcore.learning.model import FlatModel, first_difference, seeded
+from fedcore.learning.model import FlatModel, first_difference, seeded, single_thread
 from fedcore.learning.module_state import attribute_that_differs
 from fedcore.learning.site import LoadedSite, SiteRows, SiteTrainer, load_site, model_of, sample_of
 from fedcore.learning.state import model_digest
@@ -36,12 +36,18 @@ from fedcore.secagg.groups import refuse_few
 from fedcore.secagg.in_process import sum_engine
 from fedcore.secagg.label import Terms, label_of, label_warnings
 from fedcore.secagg.plan import RoundPlan, check_threshold
-from fedcore.secagg.protections import refuse_roster
+from fedcore.secagg.protections import MAX_MASKED_SITES, Protection, refuse_roster
 from fedcore.secagg.protocol.absences import parse_absence
+from fedcore.secagg.scheme import vector_bytes
 from fedcore.types import ARMS, Json, SiteId
 
 _DEALING_KEYS = ("by", "n", "alpha", "seed")
 """The keys of [sites] that deal rows to sites, as `learning.dealing.dealt` and `fedcore.split` take them."""
+
+
+LOOKED_AT = 256
+"""Sites whose rows and model are looked at for what is probably wrong with the task: with thousands of sites, which
+have the same code and mostly the same kind of rows, that would take longer than the rounds."""
 
 
 def resolve_sites(task: Task, job: Job) -> dict[SiteId, Any]:
@@ -135,14 +141,28 @@ class Prepared:
         return label_of(Terms.of_plan(self.plan), few)
 
     @property
+    def about_engine(self) -> list[str]:
+        """How sums are made and sites trained, in a few words each, where it is not as in a deployment."""
+        found = [] if self.federation.engine.as_planned else ["sums exact, without cryptography"]
+        if (chosen := self.federation.choice) is not None and not chosen.why:
+            found.append(f"sites trained {chosen.name}")
+        return found
+
+    @property
     def notes_on_start(self) -> list[str]:
-        """What a GPU and a released model as the start give reason to say."""
+        """What a GPU, sums without cryptography and a released model as the start give reason to say."""
+        found = []
         if self.job.run.device != "cpu":
-            where = (
+            found.append(
                 f"Trained on {self.job.run.device}: another device gives slightly other numbers."
             )
-            return [where, *self._notes_on_initial()]
-        return self._notes_on_initial()
+        if not self.federation.engine.as_planned:
+            found.append(
+                f'Sums were added without cryptography (sum = "exact"): the model is that of {self.plan.protection!r}, '
+                "bit for bit, but nothing was protected here, and neither its time nor what each party holds was "
+                'measured. The label is that of the plan, deployed or with sum = "full".'
+            )
+        return found + self._notes_on_initial()
 
     def _notes_on_initial(self) -> list[str]:
         if self.job.run.initial is None:
@@ -174,13 +194,9 @@ class Prepared:
 def describe_plan(plan: RoundPlan) -> Json:
     """A plan as people read it: flat numbers, the headroom inequality, exact bytes per site and round."""
     packing, ring, headroom = plan.packing, plan.packing.ring, None
-    layout = VectorLayout(plan.update_vector, packing, len(plan.sites))
-    up = down = layout.slots * packing.slot_bits // 8
+    layout = VectorLayout(plan.update_vector, packing, plan.per_round)
+    up, down = vector_bytes(layout, plan.per_round)
     if ring:
-        from fedcore.secagg.crypto.bfv import sum_size, vector_size
-
-        up = vector_size(ring, layout.blocks, 1)
-        down = sum_size(ring, layout.blocks, len(plan.sites))
         needed, available = ring.headroom(packing.max_sites, packing.slot_bits)
         headroom = {
             "rule": "43 n + 1 < q / t",
@@ -217,18 +233,20 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         refuse_of_app(task, job)
         task = task.at_source(next(iter(sources.values())))
     # RoundPlan refuses it too; asking here spares the loading of every site's rows.
-    refuse_roster(len(sources), job.protect.protection)
+    job, of_cohort = _of_many(job, len(sources))
+    per_round = job.round.cohort or len(sources)
+    refuse_roster(per_round, job.protect.protection)
     refuse_few(job.round, len(sources))
-    packing = packing_of(job, len(sources))  # refused before any site is loaded
+    packing = packing_of(job, per_round)  # refused before any site is loaded
     if job.privacy.epsilon is not None and job.protect.max_examples is None:
         raise BadInput(
             "protect.max_examples: found none with privacy.epsilon, expected a public cap on the rows of a site",
             remedy="--max-examples 320: without one it would follow from the rows, and tell of them without noise",
         )
     if job.protect.threshold is not None:
-        check_threshold(job.protect.threshold, len(sources))
+        check_threshold(job.protect.threshold, per_round)
     named = tuple(parse_absence(text, list(sources), job.round.rounds) for text in job.round.drop)
-    if packing.ring is not None:
+    if packing.ring is not None and job.run.sum == "full":
         from fedcore.secagg.crypto.bfv import load_seal
 
         load_seal()
@@ -248,8 +266,8 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     largest = max(map(len, sites))
     max_examples = job.protect.max_examples or 1 << max(4, (largest - 1).bit_length())
     flat, of_calls = _build(task, job, sites)
-    looks = [one.look(task, job, flat) for one in loaded]
-    findings = of_calls + lines(each for look in looks for each in look.findings)
+    looks = [one.look(task, job, flat) for one in loaded[:LOOKED_AT]]
+    findings = of_cohort + of_calls + lines(each for look in looks for each in look.findings)
     of_app = None
     if task.app is not None:
         findings += task.app.notes
@@ -267,8 +285,9 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
     plan = plan_of(job, trainers[0].shape, tuple(s.id for s in sites), max_examples)
     if job.run.initial is not None:
         plan = replace(plan, train=replace(plan.train, initial=model_digest(initial)))
+    engine = sum_engine(uuid.uuid4().hex, plan, exact=job.run.sum == "exact")
     federation = Federation(
-        plan, trainers, sum_engine(uuid.uuid4().hex, plan), initial,
+        plan, trainers, engine, initial,
         Leaving(named, job.round.dropout, job.run.seed), watch,
         # Under `plain` nothing is hidden anyway, so few sites may contribute; the label says so.
         allow_few_sites=not plan.layers.protects or job.protect.single_site_features,
@@ -277,7 +296,52 @@ def prepare(task: Task, job: Job, say: Callable[[str], None] = lambda _: None) -
         say("federated statistics")
         federation.advance()
     inputs = [trainer.standard_rows(federation.state) for trainer in trainers]
+    with single_thread():
+        federation.choose_executor(job.run.executor)
+    if (chosen := federation.choice) is not None:  # an interrupted run goes on with it
+        job = replace(job, run=job.run.model_copy(update={"executor": chosen.name}))
+        if chosen.why:
+            findings.append((f"sites are trained one after the other: {chosen.why}", _ONE_BY_ONE))
     return Prepared(job, task, plan, inputs, flat, federation, transport, loaded, findings, of_app)
+
+
+def _of_many(job: Job, sites: int) -> tuple[Job, list[tuple[str, str]]]:
+    """The job as a simulation of so many sites has it, and what is to be said of it as (warning, hint).
+
+    Raises BadInput for a cohort of more sites than there are, and for one whose sums are to be protected.
+    """
+    cohort, protection = job.round.cohort, Protection.of(job.protect.protection)
+    exact = job.run.sum == "exact"
+    if cohort is not None and cohort > sites:
+        raise BadInput(
+            f"round.cohort: found {cohort}, expected at most the {sites} sites that there are",
+            remedy="leave it out for rounds of all sites",
+        )
+    if cohort is not None and job.round.aggregate != "mean":
+        raise BadInput(
+            f"round.cohort: found {cohort} with round.aggregate = {job.round.aggregate!r}, expected none: its groups "
+            "are of the whole roster",
+            remedy='aggregate = "mean" takes a cohort',
+        )
+    if cohort is not None and protection.protects and not exact:
+        raise BadInput(
+            'round.cohort: found one with sum = "full", expected "exact": the protocol is of all sites in every round',
+            remedy="--sum exact adds the same integers without cryptography",
+        )
+    per_round = cohort or sites
+    if not exact or not protection.masks or per_round <= MAX_MASKED_SITES:
+        return job, []
+    protect = job.protect.model_copy(update={"protection": "encrypted"})
+    return replace(job, protect=protect), [
+        (
+            f"rounds of {per_round} sites: masks are made for up to {MAX_MASKED_SITES}, so the plan, its label and "
+            f"its bytes are those of 'encrypted' and not of {protection.name!r}; the model is the same",
+            "--protection encrypted says so beforehand",
+        )
+    ]
+
+
+_ONE_BY_ONE = 'executor = "sequential" says so beforehand'
 
 
 def _pooled_by(task: Task, parts: Sequence[Rows]) -> tuple[Rows | None, list[tuple[str, str]]]:
@@ -307,11 +371,11 @@ def _build(
 ) -> tuple[FlatModel, list[tuple[str, str]]]:
     """The run's module and its flat view, and a warning with its hint where attributes of two modules differ.
 
-    Every site builds the model under the same seed; a site whose model differs is named.
+    Every site builds the model under the same seed; of the first LOOKED_AT one whose model differs is named.
     """
     flat, found = model_of(task, job, sites[0]), None
     sizes = flat.parameters, flat.buffer_coordinates
-    for site in sites[1:]:
+    for site in sites[1:LOOKED_AT]:
         other = model_of(task, job, site)
         if (other.parameters, other.buffer_coordinates) != sizes:
             raise BadInput(

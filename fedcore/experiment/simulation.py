@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedcore.errors import RoundAbandoned
-from fedcore.learning.executor import Executor, Sequential
+from fedcore.learning.executor import Choice, Executor, Sequential, choose
 from fedcore.learning.guard import Guard, judge_all
 from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
@@ -45,7 +45,7 @@ class Leaving:
         """{site: the stage from which it sends nothing}. The metrics-only round, `rounds` + 1, has
         named ones only."""
         found = list(self.named)
-        for site in sites if training_round <= rounds else ():
+        for site in sites if self.chance and training_round <= rounds else ():
             chance = generator(self.seed, training_round, site, "dropout")
             if chance.random() < self.chance:
                 found.append(Absence(training_round, STAGES[chance.integers(len(STAGES))], site))
@@ -86,11 +86,18 @@ class Federation:
         self.plan, self.sites, self.engine = plan, sites, engine
         self.leaving, self.watch, self.allow_few_sites = leaving, watch, allow_few_sites
         self.executor: Executor = Sequential()
+        self.choice: Choice | None = None
         self.columns = sites[0].columns
         self.state = JobState.initial(plan, initial)
         self.step: PlannedRound | None = first_step(plan, len(self.columns))
         self.guards: Sequence[Guard] = ()
         """Of the sites, in their order; none where no site judges."""
+
+    def choose_executor(self, wanted: str) -> None:
+        """How sites are trained from now on, by the job's setting; after the federated statistics, which rows need."""
+        self.choice = choose(wanted, self.sites, self.plan, self.state)
+        if self.choice is not None:
+            self.executor = self.choice.executor
 
     @property
     def purpose(self) -> Purpose | None:
@@ -98,14 +105,30 @@ class Federation:
 
     def absent(self, training_round: int) -> Absences:
         """Which sites leave this training round, and at which stage."""
-        return self.leaving.of(training_round, self.plan.sites, self.plan.rounds)
+        sites = self.plan.sites
+        if self.plan.cohort:
+            sites = tuple(sites_of(sites, self.cohort(training_round)))
+        return self.leaving.of(training_round, sites, self.plan.rounds)
 
-    def judge(self) -> None:
-        """Every site's guard judges the last released state. Raises GuardTripped."""
+    def cohort(self, training_round: int) -> Sequence[int]:
+        """Roster indices of the sites that a round is of: all, or those that the job's seed draws for it; of round 0
+        are the sums before the first."""
+        sites, wanted = len(self.plan.sites), self.plan.cohort
+        if not wanted:
+            return range(sites)
+        drawn = generator(self.leaving.seed, training_round, "", "cohort")
+        return sorted(drawn.choice(sites, wanted, replace=False).tolist())
+
+    def judge(self, cohort: Sequence[int] | None = None) -> None:
+        """The guards of all sites, or of a round's, judge the last released state. Raises GuardTripped."""
+        if not self.guards:
+            return
+        judging = range(len(self.sites)) if cohort is None else cohort
         with self.watch("evaluate"):
-            for site, guard in zip(self.sites, self.guards, strict=False):
-                guard.local = site.local(self.state)
-            judge_all(self.guards, self.state.server, released_round(self.state.done))
+            for index in judging:
+                self.guards[index].local = self.sites[index].local(self.state)
+            guards = [self.guards[index] for index in judging]
+            judge_all(guards, self.state.server, released_round(self.state.done))
 
     def advance(self, witness: RoundTrace | None = None) -> Release:
         """The next round of the job, every step of the way of one update in order.
@@ -117,8 +140,9 @@ class Federation:
         plan, step, start, purpose = self.plan, self.step, self.state, self.purpose
         assert step is not None
         assert purpose is not None
+        cohort = self.cohort(step.training_round)
         if purpose.measures:
-            self.judge()
+            self.judge(cohort)
         led: dict[int, JobState] = {}
 
         def contribute(indices: Sequence[int]) -> Iterator[tuple[int, Contribution]]:
@@ -135,6 +159,7 @@ class Federation:
                 purpose.vector(plan, len(self.columns)), step.training_round, contribute,
                 start.canonical(), self.watch, lead=lead, witness=witness,
                 absences={} if purpose.needed else self.absent(step.training_round),
+                roster=cohort,
             )  # fmt: skip
         except RoundAbandoned:
             self._next(step, released=False)

@@ -136,7 +136,8 @@ class RunResult(Result):
 
     stopped: why it ended before its last round. convergence: None of too few rounds. site_mean: {arm: unweighted mean
     over the sites}. seen: None where no round could show it. statistics: what the columns were scaled by. notes: those
-    of the warnings that the plan and the sites' rows give reason for. deployment: of `fedcore up`.
+    of the warnings that the plan and the sites' rows give reason for. deployment: of `fedcore up`. sum: "exact"
+    where sums were added without the protection's cryptography. executor: how sites were trained, where it was chosen.
     """
 
     kind: str = "run"
@@ -155,8 +156,10 @@ class RunResult(Result):
     statistics: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     deployment: DeployedRun | None = None
+    sum: str | None = None
+    executor: Mapping[str, Any] | None = None
     _beside = ("cost", "sums", "absences", "origin", "judged", "protected")
-    _left_out = ("convergence", "deployment")
+    _left_out = ("convergence", "deployment", "sum", "executor")
 
     @property
     def arm_names(self) -> Sequence[str]:

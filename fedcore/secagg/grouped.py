@@ -40,6 +40,7 @@ class GroupedSums(SumEngine):
         assert plan.groups is not None
         self.plan = plan
         self._all = make(job, replace(plan, groups=None))
+        self.as_planned = self._all.as_planned
         self._parts = [
             make(f"{job}-{number}", part_of(plan, number))
             for number in range(len(plan.groups.groups))
@@ -64,12 +65,13 @@ class GroupedSums(SumEngine):
         lead: Lead | None = None,
         absences: Absences | None = None,
         witness: RoundTrace | None = None,
+        roster: Sequence[int] | None = None,
     ) -> ProtectedTotal:
         """As `SumEngine.sum`. witness: not filled for sums of groups."""
         if not spec.coordinates:
             return self._all.sum(
                 spec, training_round, contribute, state, watch,
-                lead=lead, absences=absences, witness=witness,
+                lead=lead, absences=absences, witness=witness, roster=roster,
             )  # fmt: skip
         found, lost = [], None
         for part in self._parts:

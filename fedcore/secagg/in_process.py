@@ -13,6 +13,7 @@ import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import assert_never
 
 from fedcore.errors import PeerRefused, RoundAbandoned
@@ -128,11 +129,13 @@ class CoordinatorDriver:
         return coordinator.SumReady(vector_digest(self.released), current.bytes_down)
 
 
-def sum_engine(job: str, plan: RoundPlan) -> SumEngine:
-    """The engine of a plan's protection. job: its name in the headers of rounds."""
+def sum_engine(job: str, plan: RoundPlan, *, exact: bool = False) -> SumEngine:
+    """The engine of a plan's protection. job: its name in the headers of rounds. exact: without its cryptography."""
     if plan.groups is not None:
-        return GroupedSums(job, plan, sum_engine)
-    return InProcessFederation(job, plan) if plan.layers.protects else PlainSum(plan)
+        return GroupedSums(job, plan, partial(sum_engine, exact=exact))
+    if exact or not plan.layers.protects:
+        return PlainSum(plan)
+    return InProcessFederation(job, plan)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class Terms:
     def of_plan(cls, plan: RoundPlan) -> Terms:
         """Those of a plan. It does not say whether a feature of few sites is taken: the job does."""
         return cls(
-            protection=plan.protection, sites=plan.sites, threshold=plan.threshold, cipher=plan.cipher,
+            protection=plan.protection, sites=plan.cohort or plan.sites, threshold=plan.threshold, cipher=plan.cipher,
             public_metrics=plan.public_metrics, release=plan.release,
             statistics=plan.standardise, second_block=len(plan.blocks) > 1,
             ends=plan.judge is not None and plan.judge.ends,

@@ -246,7 +246,7 @@ def check_threshold(threshold: int, sites: int) -> int:
 
 _UNSTATED = {
     "public_metrics": False, "release": "sites", "settings": "", "standardise": "ranges", "initial_parts": "",
-    "judge": None, "groups": None,
+    "judge": None, "groups": None, "cohort": 0,
 }  # fmt: skip
 """Values that a plan's JSON leaves out: with them nothing more travels or is shown."""
 
@@ -302,7 +302,8 @@ class RoundPlan:
     cipher: what encrypts vectors under `encrypted` and `layered`; without effect elsewhere.
     model: what the sites' models have in common beside their parameters.
     judge: by what the sites judge released models; None: nobody does. groups: of sites whose updates are a sum of
-    their own; None: one sum over all.
+    their own; None: one sum over all. cohort: how many of the sites each round is of; 0 for all of them. In simulations
+    only.
     """
 
     task: str
@@ -327,21 +328,27 @@ class RoundPlan:
     model: ModelPlan = ModelPlan()
     judge: JudgePlan | None = None
     groups: GroupPlan | None = None
+    cohort: int = 0
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):
             raise BadInput("sites: found the same site id twice, expected distinct ids")
-        protections.refuse_roster(len(self.sites), self.protection)
+        if self.cohort > len(self.sites):
+            raise BadInput(
+                f"round.cohort: found {self.cohort}, expected at most the {len(self.sites)} sites that there are",
+                remedy="leave it out for rounds of all sites",
+            )
+        protections.refuse_roster(self.per_round, self.protection)
         protections.refuse_cipher(self.protection, self.cipher)
         self._check_ring()
         if not self.threshold:
-            object.__setattr__(self, "threshold", default_threshold(len(self.sites)))
-        check_threshold(self.threshold, len(self.sites))
-        if len(self.sites) > self.packing.max_sites:
+            object.__setattr__(self, "threshold", default_threshold(self.per_round))
+        check_threshold(self.threshold, self.per_round)
+        if self.per_round > self.packing.max_sites:
             raise PlanRefused(
-                f"sites: found {len(self.sites)}, expected at most protect.max_sites = "
+                f"sites: found {self.per_round}, expected at most protect.max_sites = "
                 f"{self.packing.max_sites}",
-                remedy=f"set protect.max_sites to {len(self.sites)} or more",
+                remedy=f"set protect.max_sites to {self.per_round} or more",
             )
         if self.public_metrics:
             protections.refuse_public_metrics(self.protection)
@@ -349,7 +356,7 @@ class RoundPlan:
         protections.refuse_release(self.release, self.protection)
         algorithms.refuse_server(self.train, self.server)
         if len(self.blocks) > 1 and self.layers.protects:
-            algorithms.refuse_threshold(self.threshold, len(self.sites))
+            algorithms.refuse_threshold(self.threshold, self.per_round)
         if self.standardise not in STANDARDISE:
             raise UnknownName("train.standardise", self.standardise, STANDARDISE)
         if self.judge is not None:
@@ -452,8 +459,8 @@ class RoundPlan:
         """The fixed range whose steps are those of the grid, where a site's vector is its clipped sum times
         `PrivacyPlan.scale`: the mean of these over the sites is the step, divided by a number that is public."""
         privacy.check(
-            rounds=self.rounds, values=self.coordinates * len(self.sites), threshold=self.threshold,
-            sites=len(self.sites), max_examples=self.max_examples,
+            rounds=self.rounds, values=self.coordinates * self.per_round, threshold=self.threshold,
+            sites=self.per_round, max_examples=self.max_examples,
         )  # fmt: skip
         step = (
             privacy.clip
@@ -487,6 +494,11 @@ class RoundPlan:
     @property
     def layers(self) -> Protection:
         return Protection.of(self.protection)
+
+    @property
+    def per_round(self) -> int:
+        """n: how many sites a round invites."""
+        return self.cohort or len(self.sites)
 
     @property
     def privacy(self) -> PrivacyPlan | None:

@@ -142,7 +142,7 @@ def revealed(masks: Iterable[effects.Mask]) -> Masks:
 
 def layout_of(plan: RoundPlan, features: int, purpose: str) -> Layout:
     """How the vectors of a round are packed, by the round's purpose."""
-    return Layout(purpose_of(purpose).vector(plan, features), plan.packing, len(plan.sites))
+    return Layout(purpose_of(purpose).vector(plan, features), plan.packing, plan.per_round)
 
 
 def announced(chunks: Iterable[bytes], asked: effects.OpenSum) -> Iterator[bytes]:
@@ -193,16 +193,22 @@ class Scheme:
 
     def upload_bytes(self, layout: Layout) -> int:
         """Bytes of every site's vector: a pure function, so any other size is refused."""
-        packing = self.plan.packing
-        if packing.ring is None:
-            return packed_size(layout.slots, packing.slot_bits)
-        return bfv.vector_size(packing.ring, layout.blocks, 1)
+        return vector_bytes(layout, layout.sites)[0]
 
     def fold(self, slots: int) -> UnmaskableFold:
         if self._public is None:
             return MaskedFold(self.plan.packing, slots)
         short = slots <= bfv.BLOCKS_PER_CHUNK * self._public.ring.degree
         return bfv.EncryptedFold(self._public, slots, self._courier, seeds=short)
+
+
+def vector_bytes(layout: Layout, sites: int) -> tuple[int, int]:
+    """Bytes of one protected vector, and of the sum of so many: a pure function, for every protection."""
+    ring = layout.packing.ring
+    if ring is None:
+        size = packed_size(layout.slots, layout.packing.slot_bits)
+        return size, size
+    return bfv.vector_size(ring, layout.blocks, 1), bfv.sum_size(ring, layout.blocks, sites)
 
 
 def vector_sizes(plan: RoundPlan, features: int) -> dict[str, int]:

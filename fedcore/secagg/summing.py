@@ -16,7 +16,7 @@ from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
 from fedcore.secagg.encode.pack import Layout, Opened
 from fedcore.secagg.plan import RoundPlan, VectorSpec
 from fedcore.secagg.protocol.absences import Absences, outcome
-from fedcore.secagg.scheme import Masks
+from fedcore.secagg.scheme import Masks, vector_bytes
 from fedcore.types import Contribution, SiteId, Slots
 
 Contribute = Callable[[Sequence[int]], Iterable[tuple[int, Contribution]]]
@@ -79,7 +79,10 @@ class ProtectedTotal:
 
 @dataclass
 class RoundSum:
-    """What one round needs besides the machines: the vectors' layout and content, and what they gave."""
+    """What one round needs besides the machines: the vectors' layout and content, and what they gave.
+
+    roster: roster indices in the job of the sites that the round is of, ascending: their places in the layout.
+    """
 
     layout: Layout
     contribute: Contribute
@@ -88,6 +91,7 @@ class RoundSum:
     watch: Stopwatch
     absences: Absences
     witness: RoundTrace | None
+    roster: Sequence[int]
     twin: Slots = field(init=False)
     tag: bytes = b""
     opened: Opened | None = None
@@ -101,6 +105,11 @@ class RoundSum:
 
     def __post_init__(self) -> None:
         self.twin = np.zeros(self.layout.slots, dtype=np.uint64)
+        self._places = {index: place for place, index in enumerate(self.roster)}
+
+    def place(self, index: int) -> int:
+        """The place in the layout of a site, by its roster index."""
+        return self._places[index]
 
     def open(self, total: Slots, opened: Opened, survivors: Sequence[SiteId]) -> None:
         """Keep an opened sum, once `lead` has taken it: where that raises, the next site finds it out too."""
@@ -114,7 +123,7 @@ class RoundSum:
         coordinates, wides = content
         self.marks[index] = self.layout.own_marks(wides)
         with self.watch("encode"):
-            slots = self.layout.pack(coordinates, wides, index)
+            slots = self.layout.pack(coordinates, wides, self.place(index))
             self.twin += slots
         if put_tag is not None:
             with self.watch("protect"):
@@ -141,14 +150,19 @@ class RoundSum:
             self.witness.total, self.witness.survivors = self.total, survivors
         tagged = self.layout.tagged_slots
         same = np.array_equal(self.total[:tagged], self.twin[:tagged])
-        twin = self.opened if same else self.layout.unpack(self.twin, survivors)
+        places = [*map(self.place, survivors)]
+        twin = self.opened if same else self.layout.unpack(self.twin, places)
         return ProtectedTotal(self.opened, twin, survivors, self.bytes_up, self.bytes_down)
 
 
 class SumEngine(ABC):
-    """How the vectors of one step are summed."""
+    """How the vectors of one step are summed.
+
+    as_planned: whether vectors are protected as the plan has it, so that what each party holds can be measured.
+    """
 
     plan: RoundPlan
+    as_planned = True
 
     @property
     @abstractmethod
@@ -166,17 +180,20 @@ class SumEngine(ABC):
         lead: Lead | None = None,
         absences: Absences | None = None,
         witness: RoundTrace | None = None,
+        roster: Sequence[int] | None = None,
     ) -> ProtectedTotal:
         """The sum of what the surviving sites contribute, through packing, tag, protection and fold.
 
         state: canonical bytes of what the vectors started from; it is bound into tag and masks.
         lead: the state that the sum leads to (None: the same one).
         absences: {site: stage} of sites that leave this round; from `unmask` on the round waits for as
-        many as it needs, and they come back. Raises RoundAbandoned below the threshold, TagRefused or
+        many as it needs, and they come back. roster: roster indices of the round's sites, ascending, where it is not
+        of all. Raises RoundAbandoned below the threshold, TagRefused or
         ChunkRefused otherwise, and what `lead` raises, with nothing of the sum used.
         """
-        layout = Layout(spec, self.plan.packing, len(self.plan.sites))
-        current = RoundSum(layout, contribute, state, lead, watch, absences or {}, witness)
+        these = range(len(self.plan.sites)) if roster is None else roster
+        layout = Layout(spec, self.plan.packing, len(these))
+        current = RoundSum(layout, contribute, state, lead, watch, absences or {}, witness, these)
         return self._total(current, training_round)
 
     @abstractmethod
@@ -185,10 +202,14 @@ class SumEngine(ABC):
 
 
 class PlainSum(SumEngine):
-    """`plain`: nothing to agree on, nothing to hide; the same thresholds by counting."""
+    """Ring sums without cryptography: nothing to agree on, nothing to hide; the same thresholds by counting.
+
+    All that there is of `plain`, and the setting `sum = "exact"` of a simulation under any protection: the sums and
+    the survivors are those of its protocol, bit for bit, and bytes are those of its vectors.
+    """
 
     def __init__(self, plan: RoundPlan) -> None:
-        self.plan = plan
+        self.plan, self.as_planned = plan, not plan.layers.protects
 
     @property
     def sealer(self) -> Sealer:
@@ -196,8 +217,9 @@ class PlainSum(SumEngine):
 
     def _total(self, current: RoundSum, training_round: int) -> ProtectedTotal:  # noqa: ARG002 - no header
         plan, sealer, watch, layout = self.plan, self.sealer, current.watch, current.layout
-        left = outcome(plan.sites, plan.threshold, current.absences)
-        survivors = tuple(map(plan.sites.index, left))
+        of_round = {plan.sites[index]: index for index in current.roster}
+        left = outcome(tuple(of_round), plan.threshold, current.absences)
+        survivors = tuple(of_round[site] for site in left)
         fold = PlainFold(plan.packing, layout.slots)
         for index, content in current.contribute(survivors):
             slots = current.pack(index, content, None)
@@ -209,10 +231,11 @@ class PlainSum(SumEngine):
             current.show(index, chunks)
         with watch("fold"):
             released = list(fold.total())
+        current.bytes_up, current.bytes_down = vector_bytes(layout, len(survivors))
         with watch("unprotect"):
             total = sealer.open(released, layout.slots)
-            current.open(total, layout.unpack(total, survivors), left)
-        current.bytes_down = sum(map(len, released))
+            places = [*map(current.place, survivors)]
+            current.open(total, layout.unpack(total, places), left)
         return current.finish(survivors)
 
 

@@ -20,6 +20,9 @@ from fedcore.secagg.plan import canonical
 ASKED = {
     "initial": "runs/heart-plain-001",
     "device": "cuda",
+    "sum": "exact",
+    "executor": "batched",
+    "round.cohort": 3,
     "round.validate": 0.2,
     "round.keep": "best",
     "round.patience": 3,
