@@ -124,7 +124,9 @@ def _show_header(prepared: Prepared, path: Path) -> None:
     from fedcore.report import terminal
 
     plan, rows = prepared.plan, sum(map(len, prepared.sites))
-    sites = f"{len(plan.sites):,} sites" + (f", {plan.cohort:,} a round" if plan.cohort else "")
+    sites = f"{len(plan.sites):,} sites" + (
+        f", {plan.server.cohort:,} a round" if plan.server.cohort else ""
+    )
     facts = [sites, f"{rows:,} rows", model_summary(prepared.flat)]
     facts += [f"{name} = {value}" for name, value in prepared.task.given.items()]
     facts += [prepared.job.run.device] if prepared.job.run.device != "cpu" else []

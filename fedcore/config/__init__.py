@@ -11,7 +11,7 @@ import json
 import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -22,9 +22,9 @@ from fedcore.errors import BadInput, UnknownName
 from fedcore.files.toml import Section, found_and_expected, read_tables
 from fedcore.secagg import algorithms, packing, plan, protections
 from fedcore.secagg.encode.pack import limb_count
-from fedcore.secagg.groups import LEAST_GROUP, group_plan, refuse_groups
 from fedcore.secagg.judge_plan import ends_early, judge_plan, refuse_judge
 from fedcore.secagg.privacy.privacy_plan import EACH_SITE, PrivacyPlan
+from fedcore.secagg.site_groups import LEAST_GROUP, group_plan, refuse_groups
 from fedcore.types import Json, SiteId
 
 
@@ -119,21 +119,19 @@ class PrivacySection(Section):
 
 
 # `validate` was a function of pydantic's models before its version 2.
-warnings.filterwarnings("ignore", 'Field name "validate" in "RoundSection"', UserWarning)
+warnings.filterwarnings(
+    "ignore", 'Field name "validate" in "(KeptRound|RoundSection)"', UserWarning
+)
 
 
-class RoundSection(Section):
-    """[round]: how many rounds, which of them is kept, what the sites do with each released sum, and who is absent
-    when.
+class KeptRound(Section):
+    """Of [round]: how many rounds, and which of their models is the job's.
 
     validate: share of each site's training rows that no arm trains on, to judge rounds by; keep, patience: the
     round whose model is released, and after how many rounds without a better one a run ends. judge: by what, the rows
     apart ("validation", in one process only), or the metrics that each release opens ("released"); veto: as in
-    `JudgePlan`. In one process only: aggregate, group_sites, trim: the mean of all updates, or the trimmed mean of
-    those of groups of at least so many sites, of which `trim` are left out at either end; checkpoint_every: after how
-    many rounds the model is kept; cohort: how many sites each sum is of, drawn anew for every round, without it all.
-    submit_seconds: at a deployed site, no vector is sent before so many seconds after its round was
-    announced, and no survey before so many after the offer: else the time tells of rows (PROTOCOL U)."""
+    `JudgePlan`. In one process only: checkpoint_every: after how many rounds the model is kept; cohort: how many sites
+    each sum is of, drawn anew for every round, without it all."""
 
     rounds: int = Field(default=20, ge=1)
     cohort: int | None = Field(default=None, ge=1)
@@ -142,10 +140,20 @@ class RoundSection(Section):
     patience: int | None = Field(default=None, ge=1)
     judge: Literal["validation", "released"] = "validation"
     veto: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    checkpoint_every: int | None = Field(default=None, ge=1)
+
+
+class RoundSection(KeptRound):
+    """[round]: what the sites do with each released sum, who is absent when, and which round is kept.
+
+    In one process only: aggregate, group_sites, trim: the mean of all updates, or the trimmed mean of those of groups
+    of at least so many sites, of which `trim` are left out at either end.
+    submit_seconds: at a deployed site, no vector is sent before so many seconds after its round was
+    announced, and no survey before so many after the offer: else the time tells of rows (PROTOCOL U)."""
+
     aggregate: Literal["mean", "trimmed"] = "mean"
     group_sites: int = Field(default=LEAST_GROUP, ge=LEAST_GROUP)
     trim: int = Field(default=1, ge=1)
-    checkpoint_every: int | None = Field(default=None, ge=1)
     server: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
     server_lr: float = Field(default=1.0, gt=0)
     server_momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -412,14 +420,16 @@ def plan_of(
         parameters=shape.parameters, buffer_coordinates=shape.buffer_coordinates,
         max_examples=max_examples, rounds=each.rounds,
         train=train,
-        server=server_plan(each),
+        server=replace(
+            server_plan(each), judge=judge_plan(each, shape.metric_sums),
+            groups=group_plan(each, sites, job.run.seed), cohort=each.cohort or 0,
+        ),
         range=plan.RangePlan(protect.range, adaptive=protect.adaptive_range),
         metric_sums=shape.metric_sums,
         threshold=protect.threshold or 0,
         public_metrics=job.track.public_metrics, release=protect.release,
         settings=settings_digest(job, max_examples), standardise=job.train.standardise, cipher=protect.cipher,
-        model=shape.model, judge=judge_plan(each, shape.metric_sums),
-        groups=group_plan(each, sites, job.run.seed), cohort=each.cohort or 0,
+        model=shape.model,
     )  # fmt: skip
     if job.privacy.epsilon is None:
         return found

@@ -201,7 +201,9 @@ class Federated:
         before = dict(federation.watch.seconds)
         witness = None
         # Of groups its view would be of its own group.
-        shows = federation.engine.as_planned and plan.groups is None and not plan.cohort
+        shows = (
+            federation.engine.as_planned and plan.server.groups is None and not plan.server.cohort
+        )
         if self.seen is None and shows:
             witness = watch_one(plan.sites, federation.absent(round_))
         try:
@@ -319,7 +321,9 @@ class Federated:
 def _float_mean(plan: RoundPlan, sums: Mapping[SiteId, tuple[WideVector, int]]) -> WideVector:
     """The weighted mean of the sites' updates, or the trimmed mean of those of groups. sums: {site: (update times
     weight, weight)}."""
-    groups = [list(sums)] if plan.groups is None else plan.groups.survivors(list(sums))
+    groups = (
+        [list(sums)] if plan.server.groups is None else plan.server.groups.survivors(list(sums))
+    )
     means = []
     for group in groups:
         total, weight = np.zeros(plan.coordinates), 0
@@ -327,7 +331,7 @@ def _float_mean(plan: RoundPlan, sums: Mapping[SiteId, tuple[WideVector, int]]) 
             total += sums[site][0]
             weight += sums[site][1]
         means.append(total / weight)
-    return means[0] if plan.groups is None else trimmed_mean(means, plan.groups.trim)
+    return means[0] if plan.server.groups is None else trimmed_mean(means, plan.server.groups.trim)
 
 
 class FederatedFloat:

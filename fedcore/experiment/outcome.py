@@ -82,7 +82,9 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     plan, federated = prepared.plan, experiment.federated
     with single_thread():
         protected = None
-        if plan.judge is not None:  # the last judgement, which may lead back to the best model
+        if (
+            plan.server.judge is not None
+        ):  # the last judgement, which may lead back to the best model
             protected = _protected_metrics(experiment)
             experiment.settle()
         scorings = experiment.evaluated()
@@ -222,7 +224,7 @@ def _notes_on_statistics(experiment: Experiment) -> list[str]:
 
 def _notes_on_judgement(experiment: Experiment) -> list[str]:
     """What was chosen by released metrics, and on which rows."""
-    plan, found = experiment.prepared.plan.judge, experiment.federated.state.judgement
+    plan, found = experiment.prepared.plan.server.judge, experiment.federated.state.judgement
     if plan is None or found is None:
         return []
     name, best = metric_name(plan.metric), f"round {found.round}" if found.round else "the start"
@@ -246,7 +248,7 @@ def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
         last = AbandonedRound(stage=abandoned.stage, left=abandoned.left)
         return ProtectedMetrics(sites=(), abandoned=last)
     total = release.total
-    if experiment.prepared.plan.judge is not None:
+    if experiment.prepared.plan.server.judge is not None:
         experiment.federated.twin = release.twin
     sums, sites = total.opened.wides, sites_of(experiment.prepared.plan.sites, total.survivors)
     metrics = transport.finish(sums, len(sites), experiment.federated.target_scale)

@@ -32,13 +32,13 @@ from fedcore.learning.task import Task, load_task
 from fedcore.learning.training import task_code
 from fedcore.learning.warm_start import scale_note
 from fedcore.secagg.encode.pack import Layout as VectorLayout
-from fedcore.secagg.groups import refuse_few
 from fedcore.secagg.in_process import sum_engine
 from fedcore.secagg.label import Terms, label_of, label_warnings
 from fedcore.secagg.plan import RoundPlan, check_threshold
 from fedcore.secagg.protections import MAX_MASKED_SITES, Protection, refuse_roster
 from fedcore.secagg.protocol.absences import parse_absence
 from fedcore.secagg.scheme import vector_bytes
+from fedcore.secagg.site_groups import refuse_few
 from fedcore.types import ARMS, Json, SiteId
 
 _DEALING_KEYS = ("by", "n", "alpha", "seed")

@@ -106,14 +106,14 @@ class Federation:
     def absent(self, training_round: int) -> Absences:
         """Which sites leave this training round, and at which stage."""
         sites = self.plan.sites
-        if self.plan.cohort:
+        if self.plan.server.cohort:
             sites = tuple(sites_of(sites, self.cohort(training_round)))
         return self.leaving.of(training_round, sites, self.plan.rounds)
 
     def cohort(self, training_round: int) -> Sequence[int]:
         """Roster indices of the sites that a round is of: all, or those that the job's seed draws for it; of round 0
         are the sums before the first."""
-        sites, wanted = len(self.plan.sites), self.plan.cohort
+        sites, wanted = len(self.plan.sites), self.plan.server.cohort
         if not wanted:
             return range(sites)
         drawn = generator(self.leaving.seed, training_round, "", "cohort")

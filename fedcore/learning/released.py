@@ -116,16 +116,16 @@ def _mean(plan: RoundPlan, opened: Opened, bound: float, survivors: Sequence[Sit
         dequantise(part, plan.packing.bits, bound, count) * (plan.max_examples / weight)
         for (part, count), weight in zip(parts, weights, strict=True)
     ]
-    return means[0] if plan.groups is None else trimmed_mean(means, plan.groups.trim)
+    return means[0] if plan.server.groups is None else trimmed_mean(means, plan.server.groups.trim)
 
 
 def _parts(
     plan: RoundPlan, opened: Opened, survivors: Sequence[SiteId]
 ) -> list[tuple[Fields, int]]:
     """(coordinates of one sum, its sites): one pair, or one for each group."""
-    if plan.groups is None or not len(opened.coordinates):
+    if plan.server.groups is None or not len(opened.coordinates):
         return [(opened.coordinates, len(survivors))]
-    counts = [len(group) for group in plan.groups.survivors(survivors)]
+    counts = [len(group) for group in plan.server.groups.survivors(survivors)]
     parts = opened.coordinates.reshape(len(counts), -1)
     return list(zip(parts, counts, strict=True))
 

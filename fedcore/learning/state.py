@@ -127,8 +127,8 @@ class JobState:
         moved = replace(purpose.apply(plan, self, opened_sum), done=step)
         if purpose.trains and plan.train.keeps:
             moved = replace(moved, summed={**self.summed, **dict.fromkeys(survivors, round_)})
-        if purpose.measures and plan.judge is not None:
-            moved = self._judged(plan.judge, moved, opened, last=not purpose.trains)
+        if purpose.measures and plan.server.judge is not None:
+            moved = self._judged(plan.server.judge, moved, opened, last=not purpose.trains)
         return moved.showing(plan, opened, survivors) if purpose.measures else moved
 
     def _judged(self, plan: JudgePlan, moved: JobState, opened: Opened, *, last: bool) -> JobState:

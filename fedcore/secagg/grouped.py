@@ -37,15 +37,15 @@ class GroupedSums(SumEngine):
     nothing could be trimmed, or that the plan's threshold is not met."""
 
     def __init__(self, job: str, plan: RoundPlan, make: MakeEngine) -> None:
-        assert plan.groups is not None
+        assert plan.server.groups is not None
         self.plan = plan
-        self._all = make(job, replace(plan, groups=None))
+        self._all = make(job, replace(plan, server=replace(plan.server, groups=None)))
         self.as_planned = self._all.as_planned
         self._parts = [
             make(f"{job}-{number}", part_of(plan, number))
-            for number in range(len(plan.groups.groups))
+            for number in range(len(plan.server.groups.groups))
         ]
-        self._trim = plan.groups.trim
+        self._trim = plan.server.groups.trim
 
     @property
     def sealer(self) -> Sealer:
@@ -139,6 +139,11 @@ class GroupedSums(SumEngine):
 
 def part_of(plan: RoundPlan, number: int) -> RoundPlan:
     """The plan of one group's sums: its own roster, with the default threshold for so many sites."""
-    assert plan.groups is not None
-    sites = plan.groups.groups[number]
-    return replace(plan, sites=sites, threshold=default_threshold(len(sites)), groups=None)
+    assert plan.server.groups is not None
+    sites = plan.server.groups.groups[number]
+    return replace(
+        plan,
+        sites=sites,
+        threshold=default_threshold(len(sites)),
+        server=replace(plan.server, groups=None),
+    )

@@ -131,7 +131,7 @@ class CoordinatorDriver:
 
 def sum_engine(job: str, plan: RoundPlan, *, exact: bool = False) -> SumEngine:
     """The engine of a plan's protection. job: its name in the headers of rounds. exact: without its cryptography."""
-    if plan.groups is not None:
+    if plan.server.groups is not None:
         return GroupedSums(job, plan, partial(sum_engine, exact=exact))
     if exact or not plan.layers.protects:
         return PlainSum(plan)

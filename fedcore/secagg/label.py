@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcore.secagg.algorithms import LEAST_THRESHOLD, algorithm_of, keeps_of, refuse_threshold
-from fedcore.secagg.groups import smallest_group
 from fedcore.secagg.judge_plan import ends_early
 from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
 from fedcore.secagg.privacy.privacy_plan import COLUMN, IN_SUM, RECORD, SITE, PrivacyPlan
 from fedcore.secagg.protections import MIN_SITES, Protection, refuse_roster
 from fedcore.secagg.purposes import leaving
+from fedcore.secagg.site_groups import smallest_group
 from fedcore.types import SiteId
 
 if TYPE_CHECKING:
@@ -96,11 +96,11 @@ class Terms:
     def of_plan(cls, plan: RoundPlan) -> Terms:
         """Those of a plan. It does not say whether a feature of few sites is taken: the job does."""
         return cls(
-            protection=plan.protection, sites=plan.cohort or plan.sites, threshold=plan.threshold, cipher=plan.cipher,
-            public_metrics=plan.public_metrics, release=plan.release,
+            protection=plan.protection, sites=plan.server.cohort or plan.sites, threshold=plan.threshold,
+            cipher=plan.cipher, public_metrics=plan.public_metrics, release=plan.release,
             statistics=plan.standardise, second_block=len(plan.blocks) > 1,
-            ends=plan.judge is not None and plan.judge.ends,
-            group=0 if plan.groups is None else plan.groups.smallest, privacy=plan.privacy,
+            ends=plan.server.judge is not None and plan.server.judge.ends,
+            group=0 if plan.server.groups is None else plan.server.groups.smallest, privacy=plan.privacy,
         )  # fmt: skip
 
     @classmethod

@@ -12,11 +12,11 @@ from functools import cached_property
 
 from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.secagg import algorithms, protections
-from fedcore.secagg.groups import GroupPlan
 from fedcore.secagg.judge_plan import JudgePlan
 from fedcore.secagg.packing import Packing, Ring
 from fedcore.secagg.privacy.privacy_plan import IN_SUM, SITE, NoiseGrid, PrivacyPlan, solve_grid
 from fedcore.secagg.protections import Protection, has_lattice
+from fedcore.secagg.site_groups import GroupPlan
 from fedcore.types import Json, SiteId
 
 PLAN_VERSION = 2
@@ -207,11 +207,13 @@ algorithm 2); `flower`, the rate alone, as the FedAdam of flwr does, with the po
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """The server optimiser, which runs at the sites on the released sum (PROTOCOL F).
+    """The server optimiser, which runs at the sites on the released sum (PROTOCOL F), and what else they make of it.
 
     momentum: of FedAvgM. beta1, beta2, tau: of FedAdam, FedYogi and FedAdagrad, as in Reddi et al. 2021
     (arXiv 2003.00295), algorithm 2. correction: one of `CORRECTIONS`, of the moments' bias towards 0 in the
-    first rounds.
+    first rounds. judge: by what released models are judged; None: nobody does. groups: of sites whose updates are a sum
+    of their own, for their trimmed mean; None: one sum over all. cohort: how many of the sites each round is of; 0 for
+    all of them; in simulations only.
     """
 
     optimiser: str = "fedavg"
@@ -222,6 +224,9 @@ class ServerPlan:
     beta2: float = 0.99
     tau: float = 1e-3
     correction: str = "adam"
+    judge: JudgePlan | None = None
+    groups: GroupPlan | None = None
+    cohort: int = 0
 
     def __post_init__(self) -> None:
         if self.correction not in CORRECTIONS:
@@ -301,9 +306,6 @@ class RoundPlan:
     statistics over the sites' training rows ("federated").
     cipher: what encrypts vectors under `encrypted` and `layered`; without effect elsewhere.
     model: what the sites' models have in common beside their parameters.
-    judge: by what the sites judge released models; None: nobody does. groups: of sites whose updates are a sum of
-    their own; None: one sum over all. cohort: how many of the sites each round is of; 0 for all of them. In simulations
-    only.
     """
 
     task: str
@@ -326,16 +328,14 @@ class RoundPlan:
     standardise: str = "ranges"
     cipher: str = "bfv"
     model: ModelPlan = ModelPlan()
-    judge: JudgePlan | None = None
-    groups: GroupPlan | None = None
-    cohort: int = 0
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(set(self.sites)):
             raise BadInput("sites: found the same site id twice, expected distinct ids")
-        if self.cohort > len(self.sites):
+        if self.server.cohort > len(self.sites):
             raise BadInput(
-                f"round.cohort: found {self.cohort}, expected at most the {len(self.sites)} sites that there are",
+                f"round.cohort: found {self.server.cohort}, expected at most the {len(self.sites)} sites that "
+                "there are",
                 remedy="leave it out for rounds of all sites",
             )
         protections.refuse_roster(self.per_round, self.protection)
@@ -359,10 +359,10 @@ class RoundPlan:
             algorithms.refuse_threshold(self.threshold, self.per_round)
         if self.standardise not in STANDARDISE:
             raise UnknownName("train.standardise", self.standardise, STANDARDISE)
-        if self.judge is not None:
-            self._check_judge(self.judge)
-        if self.groups is not None:
-            self._check_groups(self.groups)
+        if self.server.judge is not None:
+            self._check_judge(self.server.judge)
+        if self.server.groups is not None:
+            self._check_groups(self.server.groups)
         if self.privacy is not None:
             self._check_for_privacy(self.privacy)
             self._check_privacy(self.privacy)
@@ -408,9 +408,9 @@ class RoundPlan:
              "enough in each"),
             ("train.standardise", self.standardise, "ranges", "exact sums of columns have no noise"),
             ("track.public_metrics", self.public_metrics, False, "exact sums of metrics have no noise"),
-            ("round.judge", "validation" if self.judge is None else "released", "validation",
+            ("round.judge", "validation" if self.server.judge is None else "released", "validation",
              "there are no sums of metrics"),
-            ("round.aggregate", "mean" if self.groups is None else "trimmed", "mean",
+            ("round.aggregate", "mean" if self.server.groups is None else "trimmed", "mean",
              "the noise is sized for one sum over all sites"),
             ("train.algorithm", train.algorithm, train.algorithm if plain else "averaging",
              "its rules are of steps at the sites, and of vectors without noise"),
@@ -498,7 +498,7 @@ class RoundPlan:
     @property
     def per_round(self) -> int:
         """n: how many sites a round invites."""
-        return self.cohort or len(self.sites)
+        return self.server.cohort or len(self.sites)
 
     @property
     def privacy(self) -> PrivacyPlan | None:
@@ -583,11 +583,12 @@ class RoundPlan:
         `UNCHANGED_TRAINING` and `UNCHANGED_SERVER` only with another value than there.
         """
         flat = asdict(self) | {"version": PLAN_VERSION}
-        model = flat.pop("model")
+        model, server = flat.pop("model"), flat["server"]
+        flat |= {name: server.pop(name) for name in ("judge", "groups", "cohort")}
         flat |= {"inputs": model["inputs"], "initial_parts": model["initial"]}
         flat["sites"], flat["metric_sums"] = list(flat["sites"]), list(flat["metric_sums"])
         flat["train"] = without_unchanged(flat["train"], UNCHANGED_TRAINING)
-        flat["server"] = without_unchanged(flat["server"], UNCHANGED_SERVER)
+        flat["server"] = without_unchanged(server, UNCHANGED_SERVER)
         left_out = {name for name, value in _UNSTATED.items() if flat[name] == value}
         if not self.layers.encrypts:
             left_out.add("cipher")
@@ -603,18 +604,23 @@ class RoundPlan:
                 raise ValueError
             packing = dict(value["packing"])
             ring, privacy = packing["ring"], value["train"].get("privacy")
-            judge, groups = value.get("judge"), value.get("groups")
+            judge, groups, cohort = (
+                fields.pop(name, _UNSTATED[name]) for name in ("judge", "groups", "cohort")
+            )
             private = None if privacy is None else PrivacyPlan(**privacy)
             parts = {
                 "sites": tuple(value["sites"]),
                 "packing": Packing(**packing | {"ring": Ring(**ring) if ring else None}),
                 "train": TrainPlan(**value["train"] | {"privacy": private}),
-                "server": ServerPlan(**value["server"]),
+                "server": ServerPlan(
+                    **value["server"],
+                    judge=None if judge is None else JudgePlan(**judge),
+                    groups=None if groups is None else GroupPlan(**groups),
+                    cohort=cohort,
+                ),
                 "range": RangePlan(**value["range"]),
                 "metric_sums": tuple(Wide(**wide) for wide in value["metric_sums"]),
                 "model": ModelPlan(fields.pop("inputs"), fields.pop("initial_parts", "")),
-                "judge": None if judge is None else JudgePlan(**judge),
-                "groups": None if groups is None else GroupPlan(**groups),
             }
             return cls(**fields | parts)
         except (KeyError, TypeError, ValueError) as error:

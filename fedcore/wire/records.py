@@ -101,7 +101,7 @@ TO_COORDINATOR: Table[job_messages.ToCoordinator] = {
     **travelling(
         job_messages.TrainingOver,
         most=SITE_RECORD,
-        under=lambda plan: plan.judge is not None and plan.judge.ends,
+        under=lambda plan: plan.server.judge is not None and plan.server.judge.ends,
     ),
     **travelling(
         job_messages.ModelMade, most=SITE_RECORD, under=lambda plan: plan.release == "coordinator"

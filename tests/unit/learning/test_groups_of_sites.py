@@ -12,9 +12,9 @@ from fedcore.experiment.loop import Experiment
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning.robust import trimmed_mean
 from fedcore.learning.task import Task
-from fedcore.secagg.groups import GroupPlan, group_plan
 from fedcore.secagg.label import Terms, collusion, label_of
 from fedcore.secagg.plan import RoundPlan
+from fedcore.secagg.site_groups import GroupPlan, group_plan
 
 SITES = [f"s{k:02}" for k in range(16)]
 USUAL = {
@@ -91,7 +91,7 @@ def test_the_model_is_that_of_a_plain_reimplementation():
     found = trained(rounds=1)
     start = found.federation.sites[0].initial.astype(np.float64)
     means = []
-    for group in found.prepared.plan.groups.groups:
+    for group in found.prepared.plan.server.groups.groups:
         updates = []
         for site in (each for each in found.prepared.sites if each.id in group):
             x = np.asarray(site.train.x, np.float64)
@@ -115,7 +115,7 @@ def test_a_site_that_lies_moves_the_mean_and_not_the_trimmed_mean():
 
 def test_a_group_below_its_threshold_is_left_out_and_two_groups_are_too_few():
     plan = trained(rounds=1).prepared.plan
-    first, second, _ = plan.groups.groups
+    first, second, _ = plan.server.groups.groups
     drop = [f"2:submit:{site}" for site in first[:2]]
     found = trained(drop=drop, threshold=9)
     row = next(r for r in found.history if r["arm"] == "federated" and r["round"] == 2)

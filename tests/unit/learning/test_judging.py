@@ -240,9 +240,9 @@ def plan(**settings):
 
 def test_a_plan_states_by_what_it_judges():
     found = plan(judge="released", patience=3, keep="best")
-    assert found.judge == JudgePlan("accuracy", best=True, patience=3)
+    assert found.server.judge == JudgePlan("accuracy", best=True, patience=3)
     assert RoundPlan.from_json(found.to_json()) == found
-    assert "judge" not in plan().to_json() and plan().judge is None
+    assert "judge" not in plan().to_json() and plan().server.judge is None
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class EarlyEnd:
         """A site's word. Raises HeaderRefused (fault: site) under a plan whose training cannot end early, and
         OutOfOrder for another release than the last."""
         facts, plan, certificate = self._facts, self._facts.plan, self._facts.certificate
-        if plan is None or plan.judge is None or not plan.judge.ends:
+        if plan is None or plan.server.judge is None or not plan.server.judge.ends:
             raise HeaderRefused("training", "its end said", "nothing: the plan has none", site)
         if certificate is None or message.certificate != certificate.hash:
             raise OutOfOrder("training", "the end of another release", "of the last one", site)
