@@ -148,6 +148,15 @@ def test_where_the_first_linear_layer_is():
     assert gradient_matching.first_linear(torch.nn.Sequential(*convolutions), 64) is None
 
 
+def test_nothing_is_searched_behind_no_features():
+    scene = Scene(*job_for(None, {"task": "digits", "protect.protection": "plain"}))
+    nothing = np.zeros((0, 64), dtype=np.float32)
+    made = gradient_matching.inputs_behind(
+        scene.prepared.flat.module, nothing, scene.inputs, (8, 8), (0.0, 1.0), Search(), seed=0
+    )
+    assert made.shape == (0, 64)
+
+
 def test_a_picture_of_clothes_is_found_behind_two_convolutions():
     layer = {"task": "fashion", "sites.rows": 1400, "sites.n": 3, "protect.protection": "plain"}
     scene = Scene(*job_for(None, layer), Effort((1,), searched_rows=1, search=Search(150, 1)))
