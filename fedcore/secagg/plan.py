@@ -508,7 +508,7 @@ class RoundPlan:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the task's metrics that are one number, the first one first."""
-        return tuple(name for wide in self.metric_sums if (name := wide.metric))
+        return tuple(wide.metric for wide in self.metric_sums if not wide.name.startswith(MATRIX))
 
     @property
     def model_coordinates(self) -> int:

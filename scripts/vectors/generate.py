@@ -223,7 +223,7 @@ def play(
     layout = Layout(plan.update_vector, plan.packing, len(ROSTER))
     current = RoundSum(
         layout, one_by_one(contribute), STATE, lambda opened, sites: NEXT_STATE,
-        Stopwatch(), {DROPPED: "submit"}, None,
+        Stopwatch(), {DROPPED: "submit"}, None, range(len(ROSTER)),
     )  # fmt: skip
     current.tag = state_tag(GroupSecret(group), header.job, header.round, STATE)
     exchange = _Taped(parties, current)

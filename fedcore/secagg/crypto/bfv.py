@@ -527,10 +527,10 @@ def _load(courier: Courier, public: PublicContext, kind: int, tail: bytes) -> An
 
 
 def _load_seeded(
-    courier: Courier, public: PublicContext, words: Words, seed: NDArray[np.uint8]
+    courier: Courier, public: PublicContext, words: Words, seed_block: NDArray[np.uint8]
 ) -> Any:
     """A ciphertext of these words and what the seed expands to."""
-    tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed.tobytes()
+    tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed_block.tobytes()
     return _load(courier, public, _SEEDED, tail)
 
 
