@@ -646,6 +646,20 @@ def test_a_release_that_was_missed_is_not_measured_by_a_sum_that_was_opened_befo
     assert found.state is missed and not only(ask.Track, effects)
 
 
+def test_the_end_of_the_next_round_does_not_touch_one_whose_certificate_was_lost():
+    """With keys that were sent ahead a site is on the next round's roster before it knows the release."""
+    after = State("after", PlannedRound("update", 1))
+    found = played(after)
+    for message in (
+        messages.Abandon(header_of(2).digest, "keys"),
+        messages.Notice(header_of(2).digest, "b", b"x"),
+    ):
+        assert told(found.job, message) == []
+    assert isinstance(found.job.stage, site.Stated)
+    found.certificate(after)
+    assert found.job.state is after and isinstance(found.job.stage, site.Idle)
+
+
 def test_a_checkpoint_that_was_lost_is_taken_again():
     found = between_rounds()
     certificate = certified(header_of(), State("missed"), OTHERS)

@@ -399,6 +399,8 @@ class SiteJob:
                 yield from parts.epochs.step(epoch.FromCoordinator(message), now)
             case messages.Announce():
                 yield from parts.rounds.invited(message, now)
+            case messages.Abandon() | messages.Notice() if parts.rounds.in_another(message.header):
+                pass  # of the next round, which begins with keys sent ahead: this one's certificate was lost
             case _:
                 yield from parts.rounds.step(site.MessageFromCoordinator(message), now)
 

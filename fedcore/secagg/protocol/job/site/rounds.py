@@ -92,6 +92,10 @@ class RoundDriver:
         found = header_of(self.stage)
         return found is not None and found.digest == header
 
+    def in_another(self, header: bytes) -> bool:
+        """Whether this site is in a round, and not in that of this digest."""
+        return self.in_round and not self.is_round(header)
+
     def missed(self, certificate: messages.Certificate) -> bool:
         """Whether a certificate is of a release that this site has not applied, and can catch up with now."""
         number = certificate.header.round
