@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support.results import result_of, stored, stored_rounds
 
-from fedcore.report import page
-from fedcore.results import Result, RoundRow
+from fedcore.report import grid_page, page
+from fedcore.results import GridResult, Result, RoundRow
 
 BROWSER = next(
     (
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 PHONE = 360
+GRID = Path(__file__).parents[2] / "docs" / "benchmarks" / "heart.json"
 SETS = [["heart"], ["heart_warned"], ["heart", "heart_warned"], ["heart_compare"]]
 
 
@@ -88,6 +89,13 @@ def overflow(text: str, width: int, tmp_path: Path) -> tuple[int, int, str]:
 def test_nothing_scrolls_sideways_on_a_phone(names, tmp_path):
     content, window, offenders = overflow(page.render([load(n) for n in names]), PHONE, tmp_path)
     assert window == PHONE or window == PHONE - 15  # with or without a scroll bar
+    assert content <= window
+    assert offenders == ""
+
+
+def test_a_grid_of_comparisons_does_not_scroll_sideways_on_a_phone(tmp_path):
+    text = grid_page.render(GridResult.from_json(json.loads(GRID.read_text())), [])
+    content, window, offenders = overflow(text, PHONE, tmp_path)
     assert content <= window
     assert offenders == ""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from fedcore.config.grid_file import cells_of, read_grid
 from fedcore.report import grid_page, grid_tables
 from fedcore.report.grid_terminal import summary
 from fedcore.report.terminal import as_text
@@ -153,3 +156,25 @@ def test_the_text_has_every_table():
     for title in ("## heart, natural: 4 sites, 920 rows", "## Worst site and spread", "## Cost"):
         assert title in text
     assert "2 cores, x86\\_64" in text and "**Failed:**" in text
+
+
+KEPT = sorted((Path(__file__).parents[3] / "docs" / "benchmarks").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
+def test_results_that_are_kept_are_of_the_grid_beside_them_and_name_no_machine(file):
+    found = json.loads(file.read_text())
+    result = GridResult.from_json(found)
+    grid = read_grid(file.with_suffix(".toml")).model_dump(mode="json")
+    assert {**grid, "kind": "grid", "base": "."} == result.asked
+    assert [cell.names for cell in result.cells] == [
+        c.names for c in cells_of(read_grid(file.with_suffix(".toml")), file.parent)
+    ]
+    for cell in result.cells:
+        protection = cell.gap_of("protection")
+        assert protection.mean == protection.low == protection.high == 0
+    assert result.environment["machine"].endswith("x86_64") and "platform" not in result.environment
+
+
+def test_there_are_results_that_are_kept():
+    assert KEPT
