@@ -53,13 +53,15 @@ def attack(found):
     stated, forged = asyncio.Event(), asyncio.Event()
     handle, fetch, catch_up = victim.handle, victim.work.fetch, victim.work.catch_up
 
-    async def late(what, digest, wanted):
+    async def late(what, digest, wanted, each, of=b""):
         if digest != seen.get("digest"):
-            return await fetch(what, digest, wanted)
+            await fetch(what, digest, wanted, each, of)
+            return
         assert wanted()
         seen["fetched"] = True
         await stated.wait()
-        return seen["chunks"]
+        for place, chunk in enumerate(seen["chunks"]):
+            each(place, chunk)
 
     async def caught_up(asked):
         event = await catch_up(asked)

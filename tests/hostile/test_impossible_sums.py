@@ -219,11 +219,7 @@ def test_a_deployed_site_refuses_alike_whatever_a_sum_makes_its_program_raise(tm
             world.round_header, world.roster, (b"",) * 5, b"t" * 32, b"d" * 32, 1
         )
 
-        async def chunks(*_):
-            return []
-
         work, rounds = found.work, found.job.parts.rounds
-        without(work, fetch=chunks)
         work.link = type("Link", (), {"doing": lambda *_: None})()
         sealed = []
         for error in (ZeroDivisionError("division by zero"), KeyError("x"), MemoryError()):

@@ -9,7 +9,7 @@ the ages of the patients of the built-in task `heart`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +19,7 @@ from fedcore.errors import GuardTripped, PeerRefused
 from fedcore.experiment.loop import Experiment
 from fedcore.experiment.prepare import Prepared, prepare
 from fedcore.learning.data.rows import ArrayRows, Rows
+from fedcore.learning.guard import Guard
 from fedcore.learning.optimisers import ServerState
 from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
@@ -74,11 +75,9 @@ def steer(task: Task, job: Job, asked: Steering, *, guarded: bool = True) -> Ste
     prepared = prepare(task, job)
     experiment = Experiment(prepared)
     federation = experiment.federation
-    # A liar trusts what it steers.
     federation.guards = tuple(
-        guard
-        for index, guard in enumerate(federation.guards)
-        if guarded and index not in asked.liars
+        _LiarsGuard.instead_of(guard) if index in asked.liars else guard
+        for index, guard in enumerate(federation.guards if guarded else ())
     )
     attack = _Attack(asked, prepared)
     federation.sites = [
@@ -105,6 +104,18 @@ def steer(task: Task, job: Job, asked: Steering, *, guarded: bool = True) -> Ste
             break
     attack.look_up()
     return asked
+
+
+class _LiarsGuard(Guard):
+    """A liar trusts what it steers."""
+
+    @classmethod
+    def instead_of(cls, guard: Guard) -> Guard:
+        """A liar's guard in place of an honest site's."""
+        return cls(**{each.name: getattr(guard, each.name) for each in fields(guard) if each.init})
+
+    def judge(self, state: ServerState, round_: int) -> None:
+        """Nothing is judged."""
 
 
 class _Attack:
