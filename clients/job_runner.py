@@ -97,7 +97,9 @@ class JobRunner:
             context.keep_keys,
         )  # fmt: skip
         asks = context.policy.rules.jobs == "ask"
-        part = participation.Participation(params, self.id, asks=asks, about=self.work.about.lines)
+        part = participation.Participation(
+            params, self.id, asks=asks, about=lambda: self.work.about.lines
+        )
         self.job = self.work.job = SiteJob(offer, part)
 
     @classmethod

@@ -81,7 +81,7 @@ class JobWork:
         self.context, self.link, self.contributor, self.offer = context, link, contributor, offer
         self.id = offer.job
         self.job: SiteJob
-        self.about = About.of(offer, sites)
+        self._sites = tuple(sites)
         self.guard = GuardRecord(guard_rules(context.policy.rules))
         self.files = StateFiles(state_folder(context.folder, self.id), context.sealer)
         self.online = asyncio.Event()
@@ -90,6 +90,12 @@ class JobWork:
         self._exported: tuple[str, Stored] | None = None
         """The certificate of the last model whose file was made, and the file."""
         self._exporting = asyncio.Lock()
+
+    @cached_property
+    def about(self) -> About:
+        """What the operator should know of the job. For some settings it takes seconds, so it is made only when it is
+        shown, once the policy has accepted the offer."""
+        return About.of(self.offer, self._sites)
 
     @property
     def _parts(self) -> Parts:

@@ -157,7 +157,7 @@ class SitePolicy:
                 remedy="read the task again: `fed-site check` prints the hash of the one installed here",
             )
         try:
-            terms, own = Terms.of_job(job, self.sites), bool(job.task_settings)
+            terms, own = Terms.of_job(job, self.sites, calibrated=False), bool(job.task_settings)
             asked = _Asked(terms, job.round.rounds, job.train, own)
         except Refused as refused:
             return PolicyRefused(str(refused), word=POLICY, remedy=refused.remedy)

@@ -83,7 +83,7 @@ class JobPlan:
 
     def threshold(self) -> int:
         """t. Raises FedcoreError where the roster is another one than when the job was submitted."""
-        return Terms.of_job(self._settings, self._sites).threshold
+        return Terms.of_job(self._settings, self._sites, calibrated=False).threshold
 
     def made(self, shape: ModelShape) -> events.PlanMade | events.StopRequested:
         """The plan for the shape that most sites found; the end of the job where there is none."""

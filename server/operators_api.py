@@ -239,7 +239,9 @@ def check_settings(settings: Json, sites: int, limits: LimitsSection) -> None:
                 remedy=f"limits.{key} of the coordinator's federation.toml is the limit",
             )
     refuse_plain(found.protect.protection)
-    Terms.of_job(found, sites)  # refuses a roster and a threshold that no plan can have
+    Terms.of_job(
+        found, sites, calibrated=False
+    )  # refuses a roster and a threshold that no plan can have
     budget, stage_seconds = found.round.submit_seconds, limits.stage_seconds
     if budget is not None and budget >= stage_seconds:  # it would end after all sites were given up
         raise BadInput(

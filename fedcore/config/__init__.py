@@ -23,6 +23,7 @@ from fedcore.files.toml import Section, found_and_expected, read_tables
 from fedcore.secagg import algorithms, packing, plan, protections
 from fedcore.secagg.encode.pack import limb_count
 from fedcore.secagg.judge_plan import ends_early, judge_plan, refuse_judge
+from fedcore.secagg.privacy import privacy_plan
 from fedcore.secagg.privacy.privacy_plan import EACH_SITE, PrivacyPlan
 from fedcore.secagg.site_groups import LEAST_GROUP, group_plan, refuse_groups
 from fedcore.types import Json, SiteId
@@ -109,13 +110,13 @@ class PrivacySection(Section):
     they hold. noise: enough of it in each "sum", or in the vector of each "site". sample_rate: the share of its units
     that a site takes in a round, drawn by itself."""
 
-    epsilon: float | None = Field(default=None, gt=0, le=100)
+    epsilon: float | None = Field(default=None, ge=privacy_plan.LEAST_EPSILON, le=100)
     delta: float = Field(default=1e-5, gt=0, lt=1)
     unit: Literal["record", "column", "site"] = "record"
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     colluders: int = Field(default=1, ge=0)
     noise: Literal["sum", "site"] = "sum"
-    sample_rate: float = Field(default=1.0, gt=0, le=1)
+    sample_rate: float = Field(default=1.0, ge=privacy_plan.LEAST_SAMPLE_RATE, le=1)
 
 
 # `validate` was a function of pydantic's models before its version 2.
@@ -433,7 +434,7 @@ def plan_of(
     )  # fmt: skip
     if job.privacy.epsilon is None:
         return found
-    return found.with_privacy(PrivacyPlan.calibrated(job.privacy, each.rounds))
+    return found.with_privacy(PrivacyPlan.asked(job.privacy).calibrated(each.rounds))
 
 
 def packing_of(job: Job, sites: int, fields: int | None = None) -> packing.Packing:

@@ -104,12 +104,15 @@ class Terms:
         )  # fmt: skip
 
     @classmethod
-    def of_job(cls, job: Job, sites: int | tuple[SiteId, ...]) -> Terms:
+    def of_job(cls, job: Job, sites: int | tuple[SiteId, ...], *, calibrated: bool = True) -> Terms:
         """Those of a job on a roster, known without rows and without the model. A job does not say whether
-        its task has a table; the terms are those of one that has."""
+        its task has a table; the terms are those of one that has. calibrated: whether the noise of a job with
+        privacy is computed, seconds for some settings; else its multiplier is 1, for checks that do not use it."""
         protect, privacy = job.protect, None
         if job.privacy.epsilon is not None:
-            privacy = PrivacyPlan.calibrated(job.privacy, job.round.rounds)
+            privacy = PrivacyPlan.asked(job.privacy)
+            if calibrated:
+                privacy = privacy.calibrated(job.round.rounds)
         return cls(
             protection=protect.protection, sites=sites, threshold=protect.threshold or 0,
             cipher=protect.cipher,

@@ -28,6 +28,9 @@ of a site."""
 IN_SUM, EACH_SITE = NOISE = ("sum", "site")
 """Where there is enough noise: in the sums that are opened, or in each site's vector."""
 
+LEAST_EPSILON, LEAST_SAMPLE_RATE = 0.01, 1e-5
+"""Below, noise is all that is left, and accounting takes long, at every site, for settings that a submitter chooses."""
+
 LEAST_SITES = 100
 """Of a job whose unit is a site: with fewer the noise is larger than what is learnt."""
 
@@ -78,7 +81,7 @@ class PrivacyPlan:
 
     def __post_init__(self) -> None:
         for name, holds, expected in (
-            ("epsilon", 0 < self.epsilon <= 100, "above 0, at most 100"),
+            ("epsilon", LEAST_EPSILON <= self.epsilon <= 100, f"{LEAST_EPSILON:g} to 100"),
             ("delta", 0 < self.delta < 1, "between 0 and 1"),
             ("clip", 0 < self.clip < math.inf, "above 0"),
             ("colluders", self.colluders >= 0, "0 or more"),
@@ -87,8 +90,9 @@ class PrivacyPlan:
             ("noise", self.noise in NOISE, " or ".join(NOISE)),
             (
                 "sample_rate",
-                0 < self.sample_rate <= (1 if self.unit != SITE else self.sample_rate == 1),
-                "above 0, at most 1, and 1 with the unit 'site': that a site takes part is seen",
+                LEAST_SAMPLE_RATE <= self.sample_rate <= 1
+                and (self.unit != SITE or self.sample_rate == 1),
+                f"{LEAST_SAMPLE_RATE:g} to 1, and 1 with the unit 'site': that a site takes part is seen",
             ),
         ):
             if not holds:
@@ -96,15 +100,18 @@ class PrivacyPlan:
                 raise BadInput(f"privacy.{name}: found {found!r}, expected {expected}")
 
     @classmethod
-    def calibrated(cls, job: PrivacySettings, rounds: int) -> PrivacyPlan:
-        """With the smallest noise for which so many rounds cost at most the job's epsilon. Raises BadInput."""
+    def asked(cls, job: PrivacySettings) -> PrivacyPlan:
+        """What a job asks for, with a noise multiplier of 1 until it is `calibrated`. Raises BadInput."""
         assert job.epsilon is not None
         rest = (job.delta, job.clip, job.unit, job.colluders)
-        checked = cls(job.epsilon, *rest, 1.0, job.noise, job.sample_rate)
+        return cls(job.epsilon, *rest, 1.0, job.noise, job.sample_rate)
+
+    def calibrated(self, rounds: int) -> PrivacyPlan:
+        """With the smallest noise for which so many rounds cost at most epsilon."""
         z = accounting.noise_multiplier(
-            checked.epsilon, checked.accounted_delta, rounds, checked.sample_rate
+            self.epsilon, self.accounted_delta, rounds, self.sample_rate
         )
-        return replace(checked, noise_multiplier=z)
+        return replace(self, noise_multiplier=z)
 
     @property
     def accounted_delta(self) -> float:

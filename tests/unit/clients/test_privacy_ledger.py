@@ -19,13 +19,14 @@ from fedcore_clients.privacy_limits import (
     total_epsilon,
 )
 from fedcore_clients.round_work import RoundWork
-from support.deployed_jobs import SITES, site_job
+from support.deployed_jobs import SITES, loaded, site_job
 from support.policies import begin, policy_of
 
 from fedcore.config import PrivacySection, build_job, wire_settings
-from fedcore.errors import StoreProblem
+from fedcore.errors import BadInput, StoreProblem
 from fedcore.secagg.crypto.identity_key import IdentityKey
 from fedcore.secagg.plan import RoundHeader, canonical
+from fedcore.secagg.privacy import accounting
 from fedcore.secagg.privacy.accounting import epsilon_of_rounds
 from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
 from fedcore.secagg.privacy.sampled import Round
@@ -245,7 +246,7 @@ def test_job_that_began_is_not_refused_for_what_it_spent_itself(tmp_path):
     """Its own rounds are not counted twice when it goes on in a new process."""
     policy, plan = (
         policy_of(4, lifetime_epsilon=3.0),
-        PrivacyPlan.calibrated(PrivacySection(epsilon=3), 4),
+        PrivacyPlan.asked(PrivacySection(epsilon=3)).calibrated(4),
     )
     own = [spend(f"h{k}", mu2=1 / plan.noise_multiplier**2) for k in range(2)]
     assert policy.on_spend(plan, 2, own) is None
@@ -269,7 +270,7 @@ def test_job_above_the_floor_of_a_policy_or_without_privacy_is_refused(key):
 
 def test_jobs_of_another_unit_are_not_added_up():
     policy = policy_of(4, lifetime_epsilon=8.0)
-    plan = PrivacyPlan.calibrated(PrivacySection(epsilon=1), 4)
+    plan = PrivacyPlan.asked(PrivacySection(epsilon=1)).calibrated(4)
     assert policy.on_spend(plan, 4, [spend()]) is None
     assert "privacy.unit" in str(policy.on_spend(plan, 4, [spend(unit="column")]))
 
@@ -279,7 +280,7 @@ def test_rounds_over_secret_samples_and_over_all_rows_are_accounted_together():
     both = total_epsilon([whole, *sampled], 1e-5)
     assert total_epsilon([whole], 1e-5) < both < total_epsilon([whole] * 21, 1e-5) / 3
     assert both == epsilon_of_rounds({Round(1.0): 1, Round(1.0, 0.1): 20}, 1e-5)
-    plan = PrivacyPlan.calibrated(PrivacySection(epsilon=1, sample_rate=0.1), 4)
+    plan = PrivacyPlan.asked(PrivacySection(epsilon=1, sample_rate=0.1)).calibrated(4)
     policy = policy_of(4, lifetime_epsilon=round(both, 2))
     assert policy.on_spend(plan, 4, [whole, *sampled]) is not None
     assert policy.on_spend(plan, 4, [whole]) is None
@@ -314,3 +315,30 @@ def test_lines_name_rows_jobs_and_what_is_left():
         next(spend_lines([], PrivacyLimits()))
         == "no job with privacy had a vector of this site's rows"
     )
+
+
+# ------------------------------------------------------------------------- an offer's CPU time
+
+
+def test_offer_is_judged_before_its_noise_is_accounted_for(tmp_path):
+    """A submitter chooses these settings: seconds of accounting before any bound is checked would be theirs to burn."""
+    extreme = settings(epsilon=0.01, delta=1e-10, sample_rate=0.001)
+    extreme["round"]["rounds"] = 1_000_000
+    offer = job_messages.JobOffer("job", "bench", "0" * 64, canonical(extreme))
+    before = accounting.noise_multiplier.cache_info().misses
+    assert "round.rounds" in str(policy_of(4).on_offer(offer))
+    assert policy_of(4, most_rounds=10**6).on_offer(offer) is None
+    found = loaded(tmp_path, extreme)
+    assert "round.rounds" in found.job.part.last_error
+    assert accounting.noise_multiplier.cache_info().misses == before
+
+
+@pytest.mark.parametrize(("key", "value"), [("epsilon", 1e-9), ("sample_rate", 1e-9)])
+def test_offer_whose_accounting_would_take_long_is_refused(key, value):
+    asked = settings(epsilon=1)
+    asked["privacy"][key] = value
+    offer = job_messages.JobOffer("job", "bench", "0" * 64, canonical(asked))
+    with pytest.raises(
+        BadInput, match=f"privacy.{key}: found 1e-09"
+    ):  # the site's machine refuses it then
+        policy_of(4).on_offer(offer)

@@ -124,7 +124,7 @@ SURVEY = SimpleNamespace(shape=SimpleNamespace(features=0), columns=(), initial=
 def offered(me=None, asks=False, **changes):
     """A site's job after its offer."""
     me = me or params(**changes)
-    return SiteJob(OFFER, Participation(me, "job", asks=asks, about=["leaves: sums"]))
+    return SiteJob(OFFER, Participation(me, "job", asks=asks, about=lambda: ["leaves: sums"]))
 
 
 def between_rounds(state=None, standing=None, plan=PLAN, columns=(), survey=SURVEY, **changes):

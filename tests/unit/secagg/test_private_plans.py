@@ -31,7 +31,7 @@ def plan_for(parameters=30, buffers=0, sites=SITES, max_examples=320, **settings
 def test_every_field_of_an_accepted_plan_has_room_for_rows_and_noise(
     parameters, max_examples, epsilon
 ):
-    privacy = PrivacyPlan.calibrated(PrivacySection(epsilon=epsilon, delta=1e-6), 20)
+    privacy = PrivacyPlan.asked(PrivacySection(epsilon=epsilon, delta=1e-6)).calibrated(20)
     try:
         grid = solve_grid(privacy, coordinates=parameters, threshold=3, units=max_examples, bits=20)
     except PlanRefused:

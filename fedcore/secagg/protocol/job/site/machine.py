@@ -216,7 +216,7 @@ class SiteJob:
         if (error := self._not_allowed()) is not None:
             yield from self._loaded(events.LoadFailed(error, job_messages.UNABLE), now)
             return
-        for line in self.part.about:
+        for line in self.part.about():
             yield effects.Info(f"job {self.id}: {line}")
         if self.part.approval == "waiting":
             yield effects.AwaitApproval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -105,10 +105,12 @@ def require(refusal: PolicyRefused | None) -> None:
 class Participation:
     """Whether this site takes part in one job."""
 
-    def __init__(self, me: JobParams, name: str, *, asks: bool, about: Sequence[str] = ()) -> None:
+    def __init__(
+        self, me: JobParams, name: str, *, asks: bool, about: Callable[[], Sequence[str]] = tuple
+    ) -> None:
         self.me, self.job = me, name
         self.about = about
-        """Lines about the job, for the log before its rows are read."""
+        """Lines about the job, for the log before its rows are read; they are made once the policy took the offer."""
         self.approval: Literal["not needed", "waiting", "approved"] = (
             "waiting" if asks else "not needed"
         )
