@@ -21,6 +21,7 @@ from fedcore.learning.state import JobState
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.learning.training import TrainReport
 from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.encode.partial import PartialSum
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.absences import STAGES, Absence, Absences, earliest
 from fedcore.secagg.protocol.schedule import PlannedRound, first_step, released_round, step_after
@@ -148,6 +149,9 @@ class Federation:
         def contribute(indices: Sequence[int]) -> Iterator[tuple[int, Contribution]]:
             return self.executor.run([self.sites[k] for k in indices], plan, step, start)
 
+        def add_up(indices: Sequence[int]) -> Iterator[PartialSum]:
+            return self.executor.sums([self.sites[k] for k in indices], plan, step, start)
+
         def lead(opened: Opened, survivors: Sequence[SiteId]) -> bytes:
             led[id(opened)] = found = start.after(
                 plan, step, opened, survivors, self.columns, allow_few_sites=self.allow_few_sites
@@ -159,7 +163,7 @@ class Federation:
                 purpose.vector(plan, len(self.columns)), step.training_round, contribute,
                 start.canonical(), self.watch, lead=lead, witness=witness,
                 absences={} if purpose.needed else self.absent(step.training_round),
-                roster=cohort,
+                roster=cohort, add_up=add_up,
             )  # fmt: skip
         except RoundAbandoned:
             self._next(step, released=False)

@@ -9,14 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, starmap
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from fedcore.errors import BadInput, FedcoreError
 from fedcore.learning.batched import LastModule, Updates, chunk_size, obstacle, train_many
-from fedcore.learning.site import SiteTrainer, TrainedAhead
+from fedcore.learning.encoded import encodes_together, together, update_sum
+from fedcore.learning.local_round import TrainedAhead
+from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
+from fedcore.secagg.encode.partial import PartialSum
 from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.schedule import PlannedRound
 from fedcore.secagg.purposes import purpose_of
@@ -47,6 +51,12 @@ class Executor(Protocol):
         """(roster index, contribution) of each site, in any order."""
         ...
 
+    def sums(
+        self, sites: Sequence[SiteTrainer], plan: RoundPlan, step: PlannedRound, state: JobState
+    ) -> Iterator[PartialSum]:
+        """The same contributions, added up some at a time."""
+        ...
+
 
 class Sequential:
     """One site after the other, in this process."""
@@ -63,6 +73,16 @@ class Sequential:
         trains = purpose_of(step.purpose).trains
         for site in self.ready(sites, plan, state, step.training_round) if trains else sites:
             yield site.site.index, site.contribute(plan, step, state)
+
+    def sums(
+        self, sites: Sequence[SiteTrainer], plan: RoundPlan, step: PlannedRound, state: JobState
+    ) -> Iterator[PartialSum]:
+        if not encodes_together(sites, plan, step):
+            yield from starmap(PartialSum.of, self.run(sites, plan, step, state))
+            return
+        ready = self.ready(sites, plan, state, step.training_round)
+        while some := list(islice(ready, together(plan))):
+            yield update_sum(some, plan, step, state)
 
 
 class Batched(Sequential):

@@ -9,8 +9,8 @@ from fedcore.learning.optimisers import ServerState
 from fedcore.learning.rules.parts import GradientTerm
 from fedcore.learning.schedules import learning_rate
 from fedcore.learning.state import JobState
-from fedcore.learning.training import local_train
-from fedcore.secagg.plan import RoundPlan
+from fedcore.learning.training import TrainReport, local_train
+from fedcore.secagg.plan import RoundPlan, TrainPlan
 from fedcore.types import FloatVector
 
 if TYPE_CHECKING:
@@ -65,3 +65,17 @@ class SiteRound:
             site.report = report
         self.steps = report.steps
         return site.flat.read()
+
+
+@dataclass(frozen=True)
+class TrainedAhead:
+    """A site's training in one round from one state. result: the update, (d,) float32, and the report."""
+
+    plan: TrainPlan
+    state: JobState
+    round: int
+    result: tuple[FloatVector, TrainReport]
+
+    def of(self, plan: RoundPlan, state: JobState, round_: int) -> bool:
+        """Whether it is the training that is asked for."""
+        return self.state is state and (self.plan, self.round) == (plan.train, round_)

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from fedcore.learning.device import require_device
 from fedcore.learning.findings import Look
 from fedcore.learning.guard import Guard, GuardRecord
 from fedcore.learning.kept import KeptValues
-from fedcore.learning.local_round import SiteRound
+from fedcore.learning.local_round import SiteRound, TrainedAhead
 from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model, norm_statistics, seeded
 from fedcore.learning.own_statistics import average_own, use_own_statistics
@@ -48,7 +48,7 @@ from fedcore.learning.warm_start import start_from
 from fedcore.secagg.algorithms import refuse_own_train
 from fedcore.secagg.crypto.entropy import Entropy, OsEntropy
 from fedcore.secagg.encode.quantise import quantise
-from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, TrainPlan, canonical
+from fedcore.secagg.plan import EXCEEDS, ModelShape, RoundPlan, canonical
 from fedcore.secagg.privacy.mechanism import with_noise
 from fedcore.secagg.privacy.noise import sample
 from fedcore.secagg.privacy.privacy_plan import SITE, PrivacyPlan
@@ -225,20 +225,6 @@ def _equal(one: Statistics | None, other: Statistics | None) -> bool:
     return one is other or one.to_json() == other.to_json()
 
 
-@dataclass(frozen=True)
-class TrainedAhead:
-    """A site's training in one round from one state. result: the update, (d,) float32, and the report."""
-
-    plan: TrainPlan
-    state: JobState
-    round: int
-    result: tuple[FloatVector, TrainReport]
-
-    def of(self, plan: RoundPlan, state: JobState, round_: int) -> bool:
-        """Whether it is the training that is asked for."""
-        return self.state is state and (self.plan, self.round) == (plan.train, round_)
-
-
 @dataclass
 class SiteTrainer:
     """One site's side of the rounds of one job.
@@ -247,7 +233,8 @@ class SiteTrainer:
     the model that the job begins with. watch: counts seconds. note: for the site's log, or "". rows: SHA-256
     of the rows, hex. report: of the last training. digests: of the model at the start; empty in one process,
     which compares the models themselves. adds_rows: as in `ArrayRows`. kept: what it keeps under the job's algorithm.
-    ahead: its next training, where an executor has done it beside that of other sites.
+    ahead: its next training, where an executor has done it beside that of other sites. own_vectors: whether its class
+    makes vectors in a way of its own, and not from `train` and `beside`.
     """
 
     task: Task
@@ -264,6 +251,7 @@ class SiteTrainer:
     adds_rows: bool = False
     kept: KeptValues = field(default_factory=KeptValues)
     ahead: TrainedAhead | None = None
+    own_vectors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.task.train is not None:
@@ -518,11 +506,17 @@ class SiteTrainer:
             quantised = quantise(
                 self._weighted(plan, update), plan.packing.bits, state.server.bound, rounding
             )
-        return quantised.fields, {
+        return quantised.fields, self.beside(plan, step, state, quantised.over, quantised.over_half)
+
+    def beside(
+        self, plan: RoundPlan, step: PlannedRound, state: JobState, over: int, over_half: int
+    ) -> Mapping[str, list[int]]:
+        """What rides with an update of which so many coordinates are beyond the range, and beyond half of it."""
+        return {
             "weight": [self._weight(plan)],
-            "over_range": [quantised.over],
-            "over_half_range": [quantised.over_half],
-            EXCEEDS: [int(exceeds(quantised.over, plan.coordinates))],
+            "over_range": [over],
+            "over_half_range": [over_half],
+            EXCEEDS: [int(exceeds(over, plan.coordinates))],
             **self.metric_sums(step, state),
         }
 
@@ -590,7 +584,11 @@ class SiteTrainer:
 
     def _weighted(self, plan: RoundPlan, update: FloatVector) -> WideVector:
         """The update times weight / max_examples, so that a weighted mean is one sum (float64)."""
-        return update.astype(np.float64) * (self._weight(plan) / plan.max_examples)
+        return update.astype(np.float64) * self.factor(plan)
+
+    def factor(self, plan: RoundPlan) -> float:
+        """What this site's updates are multiplied by: its share of the largest weight, 0 to 1."""
+        return self._weight(plan) / plan.max_examples
 
     def _weight(self, plan: RoundPlan) -> int:
         """The weight of this site's updates: its training rows in the plan's steps."""

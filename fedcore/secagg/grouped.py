@@ -16,13 +16,14 @@ from fedcore.errors import RoundAbandoned
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.crypto import Sealer
 from fedcore.secagg.encode.pack import Opened
+from fedcore.secagg.encode.partial import PartialSum
 from fedcore.secagg.plan import WEIGHT, RoundPlan, VectorSpec, default_threshold
 from fedcore.secagg.protocol.absences import Absences
 from fedcore.secagg.summing import (
+    AddUp,
     Contribute,
     Lead,
     ProtectedTotal,
-    RoundSum,
     RoundTrace,
     SumEngine,
     sites_of,
@@ -51,9 +52,6 @@ class GroupedSums(SumEngine):
     def sealer(self) -> Sealer:
         return self._all.sealer
 
-    def _total(self, current: RoundSum, training_round: int) -> ProtectedTotal:
-        raise NotImplementedError  # `sum` has none of its own to lay out
-
     def sum(
         self,
         spec: VectorSpec,
@@ -66,12 +64,13 @@ class GroupedSums(SumEngine):
         absences: Absences | None = None,
         witness: RoundTrace | None = None,
         roster: Sequence[int] | None = None,
+        add_up: AddUp | None = None,
     ) -> ProtectedTotal:
         """As `SumEngine.sum`. witness: not filled for sums of groups."""
         if not spec.coordinates:
             return self._all.sum(
                 spec, training_round, contribute, state, watch,
-                lead=lead, absences=absences, witness=witness, roster=roster,
+                lead=lead, absences=absences, witness=witness, roster=roster, add_up=add_up,
             )  # fmt: skip
         found, lost = [], None
         for part in self._parts:
@@ -79,6 +78,7 @@ class GroupedSums(SumEngine):
                 total = part.sum(
                     spec, training_round, self._of_part(part, contribute), state, watch,
                     absences={n: s for n, s in (absences or {}).items() if n in part.plan.sites},
+                    add_up=None if add_up is None else self._sums_of_part(part, add_up),
                 )  # fmt: skip
                 found.append((part, total))
             except RoundAbandoned as abandoned:
@@ -109,7 +109,7 @@ class GroupedSums(SumEngine):
 
     def _of_part(self, part: SumEngine, contribute: Contribute) -> Contribute:
         """`contribute` by the places of a group's own roster."""
-        places = [self.plan.sites.index(name) for name in part.plan.sites]
+        places = self._places(part)
 
         def of_part(indices: Sequence[int]) -> Iterable[tuple[int, Contribution]]:
             asked = {places[index]: index for index in indices}
@@ -117,6 +117,21 @@ class GroupedSums(SumEngine):
                 yield asked[place], content
 
         return of_part
+
+    def _sums_of_part(self, part: SumEngine, add_up: AddUp) -> AddUp:
+        """`add_up` by the places of a group's own roster."""
+        places = self._places(part)
+
+        def of_part(indices: Sequence[int]) -> Iterable[PartialSum]:
+            asked = {places[index]: index for index in indices}
+            for found in add_up(list(asked)):
+                yield replace(found, indices=tuple(asked[place] for place in found.indices))
+
+        return of_part
+
+    def _places(self, part: SumEngine) -> list[int]:
+        """Of a group's sites in the roster of the job."""
+        return [self.plan.sites.index(name) for name in part.plan.sites]
 
     def _beside(
         self, spec: VectorSpec, found: Sequence[tuple[SumEngine, Opened, Sequence[int]]]

@@ -31,7 +31,14 @@ from fedcore.secagg.protocol.moves import Tick
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.scheme import EpochSecrets, Scheme, check_announced, revealed
-from fedcore.secagg.summing import PlainSum, ProtectedTotal, RoundSum, SumEngine
+from fedcore.secagg.summing import (
+    ExactSum,
+    PlainSum,
+    ProtectedTotal,
+    RoundSum,
+    SumEngine,
+    VectorEngine,
+)
 from fedcore.store.container import vector_digest
 from fedcore.types import Contribution, SiteId
 
@@ -133,9 +140,10 @@ def sum_engine(job: str, plan: RoundPlan, *, exact: bool = False) -> SumEngine:
     """The engine of a plan's protection. job: its name in the headers of rounds. exact: without its cryptography."""
     if plan.server.groups is not None:
         return GroupedSums(job, plan, partial(sum_engine, exact=exact))
-    if exact or not plan.layers.protects:
-        return PlainSum(plan)
-    return InProcessFederation(job, plan)
+    if plan.layers.protects and not exact:
+        return InProcessFederation(job, plan)
+    # Of a plan without protection it is shown what each party holds, which takes vectors; of cohorts it is not.
+    return ExactSum(plan) if plan.layers.protects or plan.server.cohort else PlainSum(plan)
 
 
 @contextmanager
@@ -157,7 +165,7 @@ Mail = messages.SiteMessage | tuple[SiteDriver, messages.CoordinatorMessage]
 """A message on its way: of a site to the coordinator, or to this site."""
 
 
-class InProcessFederation(SumEngine):
+class InProcessFederation(VectorEngine):
     """All parties of one job in this process, from their key epoch to the last round.
 
     entropy: where the protocol's keys, shares and encapsulations come from; tests may record it.

@@ -7,6 +7,7 @@ in every round (`ProtectedTotal.twin`), so "protection costs no accuracy" is mea
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg.crypto import Sealer
 from fedcore.secagg.crypto.plain import PlainFold, PlainSealer
 from fedcore.secagg.encode.pack import Layout, Opened
+from fedcore.secagg.encode.partial import PartialSum, RunningSum
 from fedcore.secagg.plan import RoundPlan, VectorSpec
 from fedcore.secagg.protocol.absences import Absences, outcome
 from fedcore.secagg.scheme import Masks, vector_bytes
@@ -26,6 +28,10 @@ submits."""
 
 Lead = Callable[[Opened, Sequence[SiteId]], bytes]
 """The canonical bytes of the state that an opened sum of these sites leads to."""
+
+
+AddUp = Callable[[Sequence[int]], Iterable[PartialSum]]
+"""The sums of what the sites with these roster indices contribute, some sites each, in any order."""
 
 
 def one_by_one(contribute: Callable[[int], Contribution]) -> Contribute:
@@ -169,6 +175,7 @@ class SumEngine(ABC):
     def sealer(self) -> Sealer:
         """A site's sealer, to see what it can open."""
 
+    @abstractmethod
     def sum(
         self,
         spec: VectorSpec,
@@ -181,6 +188,7 @@ class SumEngine(ABC):
         absences: Absences | None = None,
         witness: RoundTrace | None = None,
         roster: Sequence[int] | None = None,
+        add_up: AddUp | None = None,
     ) -> ProtectedTotal:
         """The sum of what the surviving sites contribute, through packing, tag, protection and fold.
 
@@ -188,9 +196,31 @@ class SumEngine(ABC):
         lead: the state that the sum leads to (None: the same one).
         absences: {site: stage} of sites that leave this round; from `unmask` on the round waits for as
         many as it needs, and they come back. roster: roster indices of the round's sites, ascending, where it is not
-        of all. Raises RoundAbandoned below the threshold, TagRefused or
+        of all. add_up: gives the same contributions in sums, for an engine that needs no single vector. Raises
+        RoundAbandoned below the threshold, TagRefused or
         ChunkRefused otherwise, and what `lead` raises, with nothing of the sum used.
         """
+
+
+class VectorEngine(SumEngine):
+    """An engine that adds packed vectors, one of each site."""
+
+    def sum(
+        self,
+        spec: VectorSpec,
+        training_round: int,
+        contribute: Contribute,
+        state: bytes,
+        watch: Stopwatch,
+        *,
+        lead: Lead | None = None,
+        absences: Absences | None = None,
+        witness: RoundTrace | None = None,
+        roster: Sequence[int] | None = None,
+        add_up: AddUp | None = None,
+    ) -> ProtectedTotal:
+        """As `SumEngine.sum`."""
+        del add_up
         these = range(len(self.plan.sites)) if roster is None else roster
         layout = Layout(spec, self.plan.packing, len(these))
         current = RoundSum(layout, contribute, state, lead, watch, absences or {}, witness, these)
@@ -201,15 +231,12 @@ class SumEngine(ABC):
         """`sum`, of a round that is laid out."""
 
 
-class PlainSum(SumEngine):
-    """Ring sums without cryptography: nothing to agree on, nothing to hide; the same thresholds by counting.
-
-    All that there is of `plain`, and the setting `sum = "exact"` of a simulation under any protection: the sums and
-    the survivors are those of its protocol, bit for bit, and bytes are those of its vectors.
-    """
+class PlainSum(VectorEngine):
+    """Ring sums without cryptography, which is all that there is of `plain`: nothing to agree on, nothing to hide; the
+    same thresholds by counting."""
 
     def __init__(self, plan: RoundPlan) -> None:
-        self.plan, self.as_planned = plan, not plan.layers.protects
+        self.plan = plan
 
     @property
     def sealer(self) -> Sealer:
@@ -217,9 +244,7 @@ class PlainSum(SumEngine):
 
     def _total(self, current: RoundSum, training_round: int) -> ProtectedTotal:  # noqa: ARG002 - no header
         plan, sealer, watch, layout = self.plan, self.sealer, current.watch, current.layout
-        of_round = {plan.sites[index]: index for index in current.roster}
-        left = outcome(tuple(of_round), plan.threshold, current.absences)
-        survivors = tuple(of_round[site] for site in left)
+        left, survivors = _who_stays(plan, current.roster, current.absences)
         fold = PlainFold(plan.packing, layout.slots)
         for index, content in current.contribute(survivors):
             slots = current.pack(index, content, None)
@@ -237,6 +262,62 @@ class PlainSum(SumEngine):
             places = [*map(current.place, survivors)]
             current.open(total, layout.unpack(total, places), left)
         return current.finish(survivors)
+
+
+class ExactSum(SumEngine):
+    """The setting `sum = "exact"` of a simulation: the integers of the survivors are added, and neither packed nor
+    protected. The sums and the survivors are those of the plan's protocol, bit for bit, and bytes are those of its
+    vectors."""
+
+    def __init__(self, plan: RoundPlan) -> None:
+        self.plan, self.as_planned = plan, not plan.layers.protects
+
+    @property
+    def sealer(self) -> Sealer:
+        return PlainSealer(self.plan.packing)
+
+    def sum(
+        self,
+        spec: VectorSpec,
+        training_round: int,
+        contribute: Contribute,
+        state: bytes,
+        watch: Stopwatch,
+        *,
+        lead: Lead | None = None,
+        absences: Absences | None = None,
+        witness: RoundTrace | None = None,
+        roster: Sequence[int] | None = None,
+        add_up: AddUp | None = None,
+    ) -> ProtectedTotal:
+        """As `SumEngine.sum`. witness: there is nothing to see."""
+        del training_round, state, witness
+        these = range(len(self.plan.sites)) if roster is None else roster
+        layout = Layout(spec, self.plan.packing, len(these))
+        places = {index: place for place, index in enumerate(these)}
+        left, survivors = _who_stays(self.plan, these, absences or {})
+        total = RunningSum(layout)
+        parts = (
+            add_up(survivors)
+            if add_up is not None
+            else starmap(PartialSum.of, contribute(survivors))
+        )
+        for part in parts:
+            with watch("fold"):
+                total.add(part, [places[index] for index in part.indices])
+        opened = total.opened()
+        if lead is not None:
+            lead(opened, left)
+        return ProtectedTotal(opened, opened, survivors, *vector_bytes(layout, len(survivors)))
+
+
+def _who_stays(
+    plan: RoundPlan, roster: Sequence[int], absences: Absences
+) -> tuple[Sequence[SiteId], tuple[int, ...]]:
+    """Names and roster indices of the sites in a round's sum. Raises RoundAbandoned."""
+    of_round = {plan.sites[index]: index for index in roster}
+    left = outcome(tuple(of_round), plan.threshold, absences)
+    return left, tuple(of_round[site] for site in left)
 
 
 def sites_of(roster: Sequence[SiteId], survivors: Sequence[int]) -> list[SiteId]:

@@ -217,6 +217,8 @@ def _inputs(rows: Rows) -> np.ndarray:
 class _LyingSite(SiteTrainer):
     """Trains nothing and sends what steers; says that it exceeds the range as long as it wants more."""
 
+    own_vectors = True
+
     def __init__(self, attack: _Attack, honest: SiteTrainer) -> None:
         self.__dict__.update(vars(honest))
         self.attack = attack

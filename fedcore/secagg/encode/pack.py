@@ -40,6 +40,13 @@ def to_limbs(values: Sequence[int], wide_bits: int, bits: int) -> Fields:
     Works on Python integers, since L may exceed 64. Raises BadInput outside the range, TypeError for a
     float, whose fraction would be lost.
     """
+    integers = check_caps(values, wide_bits)
+    mask, shifts = (1 << bits) - 1, range(0, limb_count(wide_bits, bits) * bits, bits)
+    return np.array([(each >> shift) & mask for each in integers for shift in shifts], np.uint64)
+
+
+def check_caps(values: Sequence[int], wide_bits: int) -> list[int]:
+    """The values as Python integers. Raises as `to_limbs`."""
     integers = [index_of(value) for value in values]
     for index, integer in enumerate(integers):
         if not 0 <= integer < 1 << wide_bits:
@@ -47,8 +54,7 @@ def to_limbs(values: Sequence[int], wide_bits: int, bits: int) -> Fields:
                 f"wide coordinate {index}: found a value outside its public cap of {wide_bits} bits",
                 remedy="raise the cap it comes from (protect.max_examples, or the task's ranges)",
             )
-    mask, shifts = (1 << bits) - 1, range(0, limb_count(wide_bits, bits) * bits, bits)
-    return np.array([(each >> shift) & mask for each in integers for shift in shifts], np.uint64)
+    return integers
 
 
 def from_limbs(total: Fields, wide_bits: int, bits: int) -> list[int]:
@@ -125,26 +131,36 @@ class Layout:
         return self._pack_fields(self._join(coordinates, wides, site))
 
     def _join(self, coordinates: Fields, wides: Mapping[str, Sequence[int]], site: int) -> Fields:
+        self.check_fields(coordinates, 1)
+        self.check_wides(wides)
+        spec, bits = self.spec, self.packing.bits
+        limbs = [to_limbs(wides[wide.name], wide.bits, bits) for wide in spec.wides]
+        marks = [self._mark(site, wides[name][0]) for name in spec.marks]
+        return np.concatenate([coordinates, *limbs, *marks, self._mark(site, 1)])
+
+    def check_fields(self, coordinates: Fields, sites: int) -> None:
+        """Raise BadInput for coordinates that are not of this vector, or not the sum of so many sites' fields."""
         if len(coordinates) != self.spec.coordinates:
             raise BadInput(
                 f"update: found {len(coordinates)} coordinates, expected {self.spec.coordinates}",
                 remedy="every site must build the same model",
             )
-        if coordinates.max(initial=0) >> self.packing.bits:
+        bits = self.packing.bits
+        if int(coordinates.max(initial=0)) > sites * ((1 << bits) - 1):
             raise BadInput(
-                f"update: found a field of more than {self.packing.bits} bits, which could wrap a sum"
+                f"update: found a field of more than {bits} bits, which could wrap a sum"
             )
-        parts = [coordinates]
+
+    def check_wides(self, wides: Mapping[str, Sequence[int]]) -> None:
+        """Raise BadInput for a site's wide integers and marks that are not of this vector, but for their size
+        (`check_caps`)."""
         for wide in self.spec.wides:
             values = wides[wide.name]
             if len(values) != wide.count:
                 raise BadInput(f"{wide.name}: found {len(values)} values, expected {wide.count}")
-            parts.append(to_limbs(values, wide.bits, self.packing.bits))
         for name in self.spec.marks:
             if list(wides[name]) not in ([0], [1]):
                 raise BadInput(f"{name}: found {list(wides[name])}, expected one value, 0 or 1")
-            parts.append(self._mark(site, wides[name][0]))
-        return np.concatenate([*parts, self._mark(site, 1)])
 
     def _mark(self, site: int, value: int) -> Fields:
         """(sites,) fields: the value in this site's place, 0 in the others."""

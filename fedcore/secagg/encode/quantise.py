@@ -6,15 +6,21 @@ coordinate. Clipped coordinates are counted (PROTOCOL Q).
 Stochastic rounding: Gupta et al. 2015 (arXiv 1502.02551), section 3.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedcore.errors import BadInput
 from fedcore.types import Fields, WideVector
 
 BLOCK = 1 << 16
 """Coordinates per pass: the float64 temporaries of one pass stay in cache."""
+
+SUM_BLOCK = 1 << 15
+"""Values per pass over many sites, for the same reason: smaller, since a pass has the uniforms beside them."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,15 @@ class Quantised:
     fields: Fields
     over: int
     over_half: int
+
+
+@dataclass(frozen=True)
+class QuantisedSum:
+    """Of k vectors. total: (d,) uint64, the sum of their fields; over, over_half: (k,), as of `Quantised`."""
+
+    total: Fields
+    over: NDArray[np.int64]
+    over_half: NDArray[np.int64]
 
 
 def step_size(bits: int, bound: float) -> float:
@@ -42,34 +57,88 @@ def quantise(
     values: (d,) float32 or float64; bits: 2 to 24; rng: for the stochastic rounding.
     `E[dequantise(quantise(x))] = x` for |x| <= bound. Raises BadInput on NaN or infinity.
     """
-    levels = (1 << (bits - 1)) - 1
     offset = 1 << (bits - 1)
     fields = np.empty(len(values), dtype=np.uint64)
     over = over_half = 0
     for start in range(0, len(values), BLOCK):
-        block = np.asarray(values[start : start + BLOCK], dtype=np.float64)
-        magnitude = np.abs(block)
-        largest = magnitude.max(initial=0.0)
-        if not np.isfinite(largest):
-            where = start + int(np.flatnonzero(~np.isfinite(block))[0])
-            raise BadInput(
-                f"update: found NaN or infinity at coordinate {where}, expected finite numbers",
-                remedy="lower train.lr, or look for NaN in the site's data",
-            )
+        # A copy, which is then worked on in place.
+        block = np.array(values[start : start + BLOCK], dtype=np.float64)
+        largest = _largest(block, start)
         if largest > bound / 2:
+            magnitude = np.abs(block)
             over += int(np.count_nonzero(magnitude > bound))
             over_half += int(np.count_nonzero(magnitude > bound / 2))
-        scaled = np.clip(block, -bound, bound) if largest > bound else block
-        scaled = scaled * (levels / bound)
-        scaled += rng.random(len(block))
-        np.floor(scaled, out=scaled)
-        if largest > 0.99 * bound:
-            # x = bound with u close to 1 may round up to levels + 1 through the last bit of the
-            # product. Further inside, that last bit is far smaller than what is missing to a step.
-            np.clip(scaled, -levels, levels, out=scaled)
-        scaled += offset
-        fields[start : start + BLOCK] = scaled.astype(np.uint64)
+        _to_levels(block, bits, bound, rng.random(len(block)), largest)
+        block += offset
+        fields[start : start + BLOCK] = block.astype(np.uint64)
     return Quantised(fields, over, over_half)
+
+
+def quantise_sum(
+    values: NDArray[np.float32],
+    factors: NDArray[np.float64],
+    bits: int,
+    bound: float,
+    rngs: Sequence[np.random.Generator],
+) -> QuantisedSum:
+    """The sum of the fields that `quantise` makes of each row times its factor, with the generator of that row.
+
+    values: (k, d) float32; factors: (k,) float64; bits: 2 to 24, and k at most 2^28. No field is stored: k sites are
+    rounded a block at a time, and their sum, a whole number below 2^53, is exact in float64. Raises BadInput on NaN or
+    infinity.
+    """
+    count, width = values.shape
+    total = np.zeros(width)
+    over, over_half = np.zeros((2, count), dtype=np.int64)
+    columns = min(width, SUM_BLOCK)
+    rows = max(1, SUM_BLOCK // max(1, columns))
+    uniforms = np.empty((min(rows, count), columns))
+    for start in range(0, width, SUM_BLOCK):
+        part = slice(start, min(start + SUM_BLOCK, width))
+        for row in range(0, count, rows):
+            some = slice(row, min(row + rows, count))
+            block = np.multiply(values[some, part], factors[some, None], dtype=np.float64)
+            largest = _largest(block, start)
+            if largest > bound / 2:
+                magnitude = np.abs(block)
+                over[some] += np.count_nonzero(magnitude > bound, axis=1)
+                over_half[some] += np.count_nonzero(magnitude > bound / 2, axis=1)
+            drawn = uniforms[: block.shape[0], : block.shape[1]]
+            for place, rng in enumerate(rngs[some]):
+                rng.random(out=drawn[place])
+            _to_levels(block, bits, bound, drawn, largest)
+            total[part] += block.sum(axis=0)
+    total += count << (bits - 1)
+    return QuantisedSum(total.astype(np.uint64), over, over_half)
+
+
+def _largest(block: WideVector, start: int) -> float:
+    """The largest magnitude of a block. Raises BadInput on NaN or infinity; start: its first coordinate."""
+    largest = max(float(block.max(initial=0.0)), -float(block.min(initial=0.0)))
+    if not math.isfinite(largest):
+        where = start + int(np.argwhere(~np.isfinite(block))[0][-1])
+        raise BadInput(
+            f"update: found NaN or infinity at coordinate {where}, expected finite numbers",
+            remedy="lower train.lr, or look for NaN in the site's data",
+        )
+    return largest
+
+
+def _to_levels(
+    block: WideVector, bits: int, bound: float, uniforms: WideVector, largest: float
+) -> None:
+    """Clip, scale and round a block in place, up with the probability of what is missing: whole numbers in
+    [-levels, levels]. uniforms: in [0, 1), one for each value."""
+    levels = (1 << (bits - 1)) - 1
+    if largest > bound:
+        np.clip(block, -bound, bound, out=block)
+    block *= levels / bound
+    block += uniforms
+    np.floor(block, out=block)
+    if largest > 0.99 * bound:
+        # x = bound with u close to 1 may round up to levels + 1 through the last bit of the
+        # product. Further inside, that last bit is far smaller than what is missing to a step.
+        np.clip(block, -levels, levels, out=block)
 
 
 def dequantise(total: Fields, bits: int, bound: float, contributors: int) -> WideVector:

@@ -65,3 +65,24 @@ def test_the_result_states_that_sums_were_not_protected_and_shows_no_exposure():
 def test_exact_sums_are_abandoned_where_the_protocol_abandons_them():
     found = run(sum="exact", drop="2:submit:a,2:submit:b")
     assert found.rounds[1]["abandoned"].startswith("at submit: 2 of 4 sites stayed")
+
+
+@pytest.mark.parametrize("executor", ["sequential", "batched"])
+def test_sites_encoded_together_give_the_bits_of_sites_encoded_one_by_one(executor):
+    full, exact = (
+        run(sum=how, protection="masked", executor=executor) for how in ("full", "exact")
+    )
+    assert exact.result["model_sha256"] == full.result["model_sha256"]
+    assert exact.result["protected_metrics"] == full.result["protected_metrics"]
+
+
+def test_exact_sums_of_groups_give_the_bits_of_their_protocol():
+    groups = {
+        "aggregate": "trimmed",
+        "group_sites": 5,
+        "sites": {f"s{k:02d}": k for k in range(15)},
+    }
+    full, exact = (
+        run(sum=how, protection="masked", rounds=1, **groups) for how in ("full", "exact")
+    )
+    assert exact.result["model_sha256"] == full.result["model_sha256"]

@@ -8,7 +8,7 @@ from support import reference
 
 from fedcore.errors import BadInput
 from fedcore.secagg.encode import quantise as module
-from fedcore.secagg.encode.quantise import dequantise, quantise, step_size
+from fedcore.secagg.encode.quantise import dequantise, quantise, quantise_sum, step_size
 
 
 class Uniform:
@@ -115,3 +115,37 @@ def test_step_size_is_the_distance_of_neighbouring_levels():
     levels = dequantise(np.arange(1, 16, dtype=np.uint64), 4, 0.7, 1)
     assert np.diff(levels) == pytest.approx(step_size(4, 0.7))
     assert (levels[0], levels[7], levels[-1]) == (pytest.approx(-0.7), 0.0, pytest.approx(0.7))
+
+
+@pytest.mark.parametrize(("sites", "width", "bits"), [(3, 70_001, 16), (400, 201, 24), (1, 5, 2)])
+def test_many_sites_are_rounded_to_the_same_integers_at_once(sites, width, bits):
+    rng = np.random.default_rng(sites)
+    values = rng.normal(scale=0.4, size=(sites, width)).astype("f4")
+    values[0, :3] = 1.0, -1.0, 30.0
+    factors = rng.uniform(0.1, 1.0, size=sites)
+    factors[0] = 1.0
+
+    def rounding(site):
+        return np.random.Generator(np.random.Philox(site))
+
+    one_by_one = [
+        quantise(row.astype("f8") * factor, bits, 1.0, rounding(k))
+        for k, (row, factor) in enumerate(zip(values, factors, strict=True))
+    ]
+    for k, expected in enumerate(one_by_one):
+        found = quantise_sum(values[k : k + 1], factors[k : k + 1], bits, 1.0, [rounding(k)])
+        np.testing.assert_array_equal(found.total, expected.fields)
+        assert (found.over[0], found.over_half[0]) == (expected.over, expected.over_half)
+    whole = quantise_sum(values, factors, bits, 1.0, [rounding(k) for k in range(sites)])
+    np.testing.assert_array_equal(whole.total, np.sum([e.fields for e in one_by_one], axis=0))
+    assert whole.total.dtype == np.uint64
+    assert whole.over.tolist() == [e.over for e in one_by_one] and whole.over[0] > 0
+    assert whole.over_half.tolist() == [e.over_half for e in one_by_one]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_refused_for_many_sites_too(bad):
+    values = np.zeros((2, 7), dtype="f4")
+    values[1, 4] = bad
+    with pytest.raises(BadInput, match="NaN or infinity at coordinate 4"):
+        quantise_sum(values, np.ones(2), 8, 1.0, [np.random.default_rng(k) for k in (0, 1)])
