@@ -30,6 +30,7 @@ from fedcore.identity.encrypted_files import (
     key_files,
     keystore_json,
     required,
+    state_of,
 )
 from fedcore.identity.identities import IDENTITY_FILE
 from fedcore.identity.keystore import open_keystore
@@ -49,23 +50,21 @@ def private_files(config: SiteConfig) -> list[PrivateFile]:
 
 def journal_of(config: SiteConfig) -> PrivateFile:
     """The site's journal, as it is. Raises StoreProblem, also where another process has it open."""
-    path, state = config.folder / JOURNAL_FILE, MISSING
-    if path.exists():
-        state = ENCRYPTED if is_sealed(path, config.party) else CLEAR
+    path = config.folder / JOURNAL_FILE
+    state = state_of([is_sealed(path, config.party)] if path.exists() else [])
     return PrivateFile(JOURNAL_FILE, path, state)
 
 
 def states_of(config: SiteConfig) -> PrivateFile:
-    """The states of all jobs, as they are: CLEAR where one of them is."""
-    sealed = {is_sealed_file(path) for path in all_states(config.folder)}
-    state = MISSING if not sealed else ENCRYPTED if all(sealed) else CLEAR
+    """The states of all jobs, as they are."""
+    state = state_of(is_sealed_file(path) for path in all_states(config.folder))
     return PrivateFile(STATES, config.folder / STATES, state)
 
 
 def ledger_of(config: SiteConfig) -> PrivateFile:
     """The ledger, as it is."""
     sealed = is_sealed_ledger(config.folder)
-    state = MISSING if sealed is None else ENCRYPTED if sealed else CLEAR
+    state = state_of([] if sealed is None else [sealed])
     return PrivateFile(LEDGER_FILE, config.folder / LEDGER_FILE, state)
 
 
@@ -81,8 +80,8 @@ def encrypt(config: SiteConfig) -> Json:
     others = [journal, states_of(config), ledger_of(config)]
     store, made, done = encrypt_keys(section, config.party, files, others)
     if journal.state != MISSING:
-        sealer = RowSealer(store.journal_key())
-        done += [str(journal.path)] if encrypt_journal(journal.path, config.party, sealer) else []
+        path, sealer = config.folder / JOURNAL_FILE, RowSealer(store.journal_key())
+        done += [str(path)] if encrypt_journal(path, config.party, sealer) else []
     if seal_states(config.folder, FileSealer(store.files_key())):
         done.append(str(config.folder / STATES))
     if seal_ledger(config.folder, RowSealer(store.files_key())):

@@ -151,8 +151,12 @@ def open_journal(config: FederationConfig, kit: Kit, show: Callable[[str], None]
     from fedcore.store.postgresql import PostgresqlDatabase
 
     authority = fingerprint(kit.authority_pem)
-    database = PostgresqlDatabase.open(config.database, party=party, authority=authority, wait=show)
-    return Journal(database, party)
+    sealer = config.row_sealer()
+    database = PostgresqlDatabase.open(
+        config.database, party=party, authority=authority, wait=show,
+        sealed=sealer.name if sealer is not None else "",
+    )  # fmt: skip
+    return Journal(database, party, sealer)
 
 
 @contextlib.contextmanager

@@ -155,7 +155,7 @@ class FederationConfig(Section):
         return Kit.load(self.kit, None if found is None else found.password(KEY_FILE))
 
     def row_sealer(self) -> "RowSealer | None":
-        """What the journal in `folder` is encrypted with. Raises BadInput."""
+        """What the contents of the journal are encrypted with, in `folder` or on a server. Raises BadInput."""
         from fedcore.store.sealing import (
             RowSealer,
         )  # not for operators' commands: SQLAlchemy takes long

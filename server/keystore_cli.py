@@ -72,6 +72,10 @@ def encrypt_key(
     else:
         found = encrypt(read_config(config), config)
     lines = list(encrypted_lines(found))
+    if found.get("on_server"):
+        lines.append(
+            "the database server's write-ahead log and backups keep what was in clear there until they are replaced"
+        )
     if found["encrypted"]:
         _note(config, "encrypt", of)
         which = "" if of is Party.COORDINATOR else f" --of {of}"

@@ -1,32 +1,36 @@
 """The coordinator's private files, encrypted at rest as [keystore] of federation.toml says: its key, its journal, and
 the models that jobs gave it; and an operator's key, as [keystore] of operator.toml says.
 
-A journal on a database server is not among them: what is encrypted there is the server's matter.
+A journal on a database server is encrypted by the same keystore: every coordinator of the federation has a copy of it.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedcore_server.config import JOURNAL_FILE, FederationConfig, OperatorConfig
 from fedcore_server.sealed_models import JOBS_FOLDER, all_models, seal_models
 
 from fedcore.files.disk import OTHERS
 from fedcore.identity.encrypted_files import (
-    CLEAR,
-    ENCRYPTED,
     IN_USE,
-    MISSING,
     PrivateFile,
     encrypt_keys,
     key_files,
     required,
+    state_of,
 )
-from fedcore.identity.kit import KEY_FILE
+from fedcore.identity.kit import AUTHORITY_FILE, KEY_FILE, read_limited
+from fedcore.identity.verify import fingerprint
 from fedcore.store.sealed_files import FileSealer, is_sealed_file
-from fedcore.store.sealing import RowSealer, encrypt_journal, is_sealed
+from fedcore.store.sealing import RowSealer, encrypt_journal, encrypt_rows, is_sealed
 from fedcore.store.sqlite import JournalInUse
 from fedcore.types import Json
+
+if TYPE_CHECKING:
+    from fedcore.store.postgresql import PostgresqlDatabase
 
 
 def own_key(place: FederationConfig | OperatorConfig) -> list[PrivateFile]:
@@ -35,18 +39,38 @@ def own_key(place: FederationConfig | OperatorConfig) -> list[PrivateFile]:
 
 
 def _journal(config: FederationConfig) -> list[PrivateFile]:
-    """The journal in the coordinator's folder, as it is. Raises StoreProblem, also where a process has it open."""
+    """The journal, as it is, or none. Raises BadInput, StoreProblem, also where a process has the file open."""
+    if config.database is not None:
+        from fedcore.store.postgresql import read_url, sealed_at, shown
+
+        key = sealed_at(config.database, config.party)
+        where = shown(read_url(config.database))
+        return [] if key is None else [PrivateFile("journal", where, state_of([bool(key)]))]
     path = config.folder / JOURNAL_FILE
-    if config.database is not None or not path.exists():
+    if not path.exists():
         return []
-    state = ENCRYPTED if is_sealed(path, config.party) else CLEAR
-    return [PrivateFile(JOURNAL_FILE, path, state)]
+    return [PrivateFile(JOURNAL_FILE, path, state_of([is_sealed(path, config.party)]))]
+
+
+@contextmanager
+def _database(config: FederationConfig) -> Iterator["PostgresqlDatabase | None"]:
+    """The journal's database on a server while no coordinator serves; None for a file. Raises FedcoreError."""
+    if config.database is None:
+        yield None
+        return
+    from fedcore.store.postgresql import PostgresqlDatabase
+
+    authority = fingerprint(read_limited(config.kit / AUTHORITY_FILE))
+    opened = PostgresqlDatabase.open(
+        config.database, party=config.party, authority=authority, sealed=None
+    )
+    with closing(opened):
+        yield opened
 
 
 def _models(config: FederationConfig) -> PrivateFile:
-    """The models of all jobs, as they are: CLEAR where one of them is."""
-    sealed = {is_sealed_file(path) for path in all_models(config.folder)}
-    state = MISSING if not sealed else ENCRYPTED if all(sealed) else CLEAR
+    """The models of all jobs, as they are."""
+    state = state_of(is_sealed_file(path) for path in all_models(config.folder))
     return PrivateFile(JOBS_FOLDER, config.folder / JOBS_FOLDER, state)
 
 
@@ -66,13 +90,20 @@ def encrypt(config: FederationConfig, file: Path) -> Json:
     """
     section = required(config.keystore, file)
     os.umask(OTHERS)
-    journal, models = _journal(config), _models(config)
-    store, made, done = encrypt_keys(section, config.party, own_key(config), [*journal, models])
-    for each in journal:
-        if encrypt_journal(each.path, config.party, RowSealer(store.journal_key())):
-            done.append(str(each.path))
-    done += map(str, seal_models(config.folder, FileSealer(store.files_key())))
-    return {"keystore": str(section.file), "made": made, "encrypted": done}
+    with _database(config) as database:  # first: nothing is changed while a coordinator serves
+        journal = [*_journal(config), _models(config)]
+        store, made, done = encrypt_keys(section, config.party, own_key(config), journal)
+        sealer, file = RowSealer(store.journal_key()), config.folder / JOURNAL_FILE
+        if database is not None:
+            done += [database.name] if encrypt_rows(database, config.party, sealer) else []
+            database.rewrite()  # also where a command before was killed between the two
+        elif file.exists() and encrypt_journal(file, config.party, sealer):
+            done.append(str(file))
+        done += map(str, seal_models(config.folder, FileSealer(store.files_key())))
+    return {
+        "keystore": str(section.file), "made": made, "encrypted": done,
+        "on_server": database is not None,
+    }  # fmt: skip
 
 
 def encrypt_operator(place: OperatorConfig, file: Path) -> Json:

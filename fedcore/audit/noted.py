@@ -18,6 +18,7 @@ from pathlib import Path
 from fedcore.audit.lines import Fact, checked_facts
 from fedcore.errors import printable
 from fedcore.files import append_row
+from fedcore.files.disk import make_folder
 from fedcore.files.lock import one_at_a_time
 
 COMMANDS_FILE = "commands.jsonl"
@@ -35,6 +36,7 @@ def leave_note(folder: Path, call: str, now: datetime, **facts: Fact) -> None:
     """Append a note about a command. Raises BadInput, OSError."""
     at = now.astimezone(UTC).isoformat(timespec="seconds")
     about = {"call": call, "user": user_name(), "at": at, **facts}
+    make_folder(folder)  # a folder put together from backups may lack it
     with _alone(folder):
         append_row(folder, about, COMMANDS_FILE)
 

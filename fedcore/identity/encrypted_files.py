@@ -6,7 +6,7 @@ needs it. So an encryption that was killed is repeated with the same command.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +29,23 @@ ENCRYPTED, CLEAR, MISSING, IN_USE = "encrypted", "in clear", "missing", "in use"
 
 @dataclass(frozen=True)
 class PrivateFile:
-    """One private file of a party. name: what it is, as `key.pem`; state: ENCRYPTED, CLEAR, MISSING or IN_USE."""
+    """One private file of a party. name: what it is, as `key.pem`; path: where it is, for a journal on a server the
+    URL of its database without the password; state: ENCRYPTED, CLEAR, MISSING or IN_USE."""
 
     name: str
-    path: Path
+    path: Path | str
     state: str
 
 
 def key_files(places: Mapping[str, Path]) -> list[PrivateFile]:
     """The key files at these places, as they are. Raises BadInput."""
     return [PrivateFile(name, path, _state(path)) for name, path in places.items()]
+
+
+def state_of(sealed: Iterable[bool]) -> str:
+    """The state of several files together, each encrypted or not: CLEAR where one of them is."""
+    found = set(sealed)
+    return MISSING if not found else ENCRYPTED if all(found) else CLEAR
 
 
 def _state(path: Path) -> str:
@@ -69,19 +76,19 @@ def encrypt_keys(
     others: private files that are not keys. Raises BadInput, also where a file is encrypted with a keystore that is
     not here.
     """
-    plain = [each for each in files if each.state == CLEAR]
-    for each in plain:  # all of them before anything is changed
-        read_key(each.path)
+    plain = [(each.name, Path(each.path)) for each in files if each.state == CLEAR]
+    for _, path in plain:  # all of them before anything is changed
+        read_key(path)
     if made := not section.file.exists():
         store = _create(section, party, [*files, *others])
     else:
         store = open_keystore(section, party)
     for each in files:
         if each.state == ENCRYPTED:
-            read_key(each.path, store.password(each.name))
-    for each in plain:
-        reencrypt(each.path, None, store.password(each.name))
-    return store, made, [str(each.path) for each in plain]
+            read_key(Path(each.path), store.password(each.name))
+    for name, path in plain:
+        reencrypt(path, None, store.password(name))
+    return store, made, [str(path) for _, path in plain]
 
 
 def _create(section: KeystoreSection, party: str, files: Sequence[PrivateFile]) -> Keystore:

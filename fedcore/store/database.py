@@ -27,7 +27,6 @@ from sqlalchemy import (
     Table,
     bindparam,
     delete,
-    func,
     insert,
     select,
 )
@@ -47,6 +46,8 @@ class Database(Protocol):
     name: str
     """How messages call it; without a password."""
     tables: Tables
+    sealed: str
+    """Name of the key that the contents of its rows are encrypted with; "" for none."""
 
     @property
     def closed(self) -> bool:
@@ -63,6 +64,9 @@ class Database(Protocol):
 
     def erasing(self) -> AbstractContextManager[object]:
         """As `writing`; afterwards removed data are gone as far as this kind of database can do that."""
+
+    def numbers(self, count: int) -> list[int]:
+        """The ids of the next records of this party, ascending, each given once. Inside a transaction."""
 
     def fault(self) -> str:
         """What an integrity check found, or ""."""
@@ -143,7 +147,7 @@ class Compiled:
 
 class Statements:
     """The frequent statements. Parameters: of: the job; named: the stream or the key; value; party where rows
-    have one; for `add` the columns of a record."""
+    have one; for `add_numbered` the columns of a record, for `add` all but its id."""
 
     def __init__(self, dialect: Dialect, found: Tables) -> None:
         records, values = found.records, found.values
@@ -153,17 +157,16 @@ class Statements:
             return (table.c.party == bindparam("party"), *here) if found.by_party else here
 
         party: dict[str, Any] = {"party": bindparam("party")} if found.by_party else {}
-        columns: dict[str, Any] = {
-            c.name: bindparam(c.name) for c in records.c if c.name != "id" or not found.by_party
-        }
+        columns: dict[str, Any] = {c.name: bindparam(c.name) for c in records.c}
         place = mine(values, "key")
         new: dict[str, Any] = {
             "job": bindparam("of"),
             "key": bindparam("named"),
             "body": bindparam("value"),
         }
+        self.add_numbered = Compiled(insert(records).values(columns), dialect)
+        del columns["id"]
         self.add = Compiled(insert(records).values(columns), dialect)
-        self.last = Compiled(select(func.max(records.c.id)), dialect)
         self.clear = Compiled(delete(records).where(*mine(records, "stream")), dialect)
         # SQLite and PostgreSQL have the same words for it, SQLAlchemy a class for each.
         key = ", ".join(column.name for column in values.primary_key)
@@ -201,3 +204,22 @@ def check_meta(name: str, meta: Mapping[str, str], expected: Mapping[str, str]) 
             f"{name}: found the journal of {meta.get(key)!r}, expected {value!r}",
             remedy="give every party a folder of its own",
         )
+
+
+def check_sealed(name: str, found: str, expected: str) -> None:
+    """Raise StoreProblem unless a journal's contents are encrypted with the expected key, or in clear for "".
+    found, expected: names of keys."""
+    if found == expected:
+        return
+    if not found:
+        words = "it in clear, expected it encrypted"
+        remedy = "`keystore encrypt` of fed-site, or of fed-coordinator, encrypts it"
+    elif not expected:
+        words = "it encrypted, expected it in clear"
+        remedy = (
+            "[keystore] in site.toml, or federation.toml, names what opens it (docs/enrolment.md)"
+        )
+    else:
+        words = "it encrypted with another keystore's key, expected this one's"
+        remedy = "restore the keystore of this party (`keystore restore`), or start it anew with an empty journal"
+    raise StoreProblem(f"{name}: found {words}", remedy=remedy)

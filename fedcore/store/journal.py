@@ -5,8 +5,8 @@ values (a state, a payload) have a key each and may be written in the same commi
 Invariants: `append` returns when the records would survive a power cut, and keeps all of them or none. Only one
 process at a time can write a journal. In an SQLite file no removed data are left after `compact` and `forget`;
 after `trim` free pages may contain them, until one of these or the next `open`. PostgreSQL keeps removed data for
-as long as it likes, so only a coordinator, which has no round secrets, may have its journal there. A site may have the
-contents of its rows encrypted (`sealing.py`).
+as long as it likes, so only a coordinator, which has no round secrets, may have its journal there. In both the
+contents of the rows may be encrypted (`sealing.py`).
 
 What differs between the two is in `sqlite.py` and `postgresql.py`. One connection is kept.
 """
@@ -94,17 +94,17 @@ class Journal:
         rows: list[dict[str, Any]] = [
             {
                 "party": self._party, "job": job, "stream": stream, "kind": type_name(type(record)),
-                "body": encode(record), "created_at": now, "id": None,
+                "body": encode(record), "created_at": now,
             }
             for record in records
         ]  # fmt: skip
         if rows and self._sealer is not None:
-            last = self._statements.last.run(self._connection, {}).scalar_one() or 0
-            for number, each in enumerate(rows, last + 1):
+            for number, each in zip(self._database.numbers(len(rows)), rows, strict=True):
                 place = (job, stream, each["kind"], number)
                 each |= {"id": number, "body": self._sealer.record(each["body"], *place)}
         if rows:
-            self._statements.add.run(self._connection, *rows)
+            add = self._statements.add if self._sealer is None else self._statements.add_numbered
+            add.run(self._connection, *rows)
         if put:
             seal = (lambda value, *_: value) if self._sealer is None else self._sealer.value
             kept = [self._row(job, n) | {"value": seal(value, job, n)} for n, value in put.items()]

@@ -2,7 +2,9 @@
 
 The password comes from the URL or from libpq's password file ($PGPASSFILE, ~/.pgpass), and is in no message.
 PostgreSQL keeps removed rows until it vacuums, and its write-ahead log and backups have them for longer: nothing
-here erases, so no secret of a round may be in such a journal (a coordinator has none).
+here erases, so no secret of a round may be in such a journal (a coordinator has none). Whoever administers the
+server, or has a copy of it, reads what is in clear; with a keystore the contents of the rows are encrypted
+(`sealing.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, func, inspect, select
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    bindparam,
+    create_engine,
+    func,
+    inspect,
+    select,
+    text,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -21,7 +33,7 @@ from sqlalchemy.schema import CreateSchema
 
 from fedcore.errors import BadInput, LeaseLost, StoreFull, StoreProblem, require_extra
 from fedcore.files.disk import FREE_SOME
-from fedcore.store.database import SCHEMA, Tables, check_meta, tables
+from fedcore.store.database import SCHEMA, Tables, check_meta, check_sealed, tables
 from fedcore.store.lease import IDLE_SECONDS, LEASE_SECONDS, LEASES, Lease, holder_of, take
 
 EXPECTED = "postgresql://USER@HOST:PORT/DATABASE"
@@ -62,6 +74,15 @@ _HINTS = (
 )  # fmt: skip
 
 
+_NEXT = select(
+    func.nextval(func.pg_get_serial_sequence(f"{_SCHEMA_NAME}.records", "id"))
+).select_from(func.generate_series(1, bindparam("count")))
+"""An id that was drawn is given to nobody else, also where the transaction is undone."""
+
+NUMBERS_AT_ONCE = 64
+"""Ids drawn in one statement: it costs as much as one."""
+
+
 class PostgresqlDatabase:
     """A party's journal on a server, and the lease to write it."""
 
@@ -70,7 +91,8 @@ class PostgresqlDatabase:
         self.tables: Tables = _TABLES
         self.engine = _engine(url)
         self.lease: Lease | None = None
-        self.closed = False
+        self.closed, self.sealed = False, ""
+        self._numbers: list[int] = []
         self.connection: Connection = self.engine.connect()
 
     @classmethod
@@ -82,12 +104,15 @@ class PostgresqlDatabase:
         authority: str,
         wait: Callable[[str], None] | None = None,
         lease_seconds: float = LEASE_SECONDS,
+        sealed: str | None = "",
     ) -> PostgresqlDatabase:
         """Connect, make the tables if there are none, and take the lease.
 
         authority: SHA-256 of the certificate of the federation's authority, in hex: another federation of the same
         name is refused. wait: called with one line where another process has the lease; then this one waits for it
-        as a standby, for as long as it takes. Raises BadInput for a URL that cannot be used and without the
+        as a standby, for as long as it takes. sealed: the name of the key that the contents of the rows are
+        encrypted with, "" for none, None for any: compared before the wait, so that a standby that cannot read is not
+        waited for in vain, and after it. Raises BadInput for a URL that cannot be used and without the
         driver, StoreProblem: no server, no such database, wrong password, another version, another
         federation's journal, and without `wait` a lease that another process has.
         """
@@ -97,8 +122,9 @@ class PostgresqlDatabase:
             try:
                 database = cls(found, party)
                 undo.callback(database.close)
-                database._prepare(authority)
+                database._prepare(authority, sealed)
                 fence = database._wait_for_lease(wait, lease_seconds)
+                database._check_sealed(sealed)
             except DBAPIError as error:
                 raise _refused(found, "open", error) from None  # the cause may quote the URL
             name = database.name
@@ -106,7 +132,7 @@ class PostgresqlDatabase:
             undo.pop_all()
         return database
 
-    def _prepare(self, authority: str) -> None:
+    def _prepare(self, authority: str, sealed: str | None) -> None:
         meta = _TABLES.meta
         with self.connection.begin():
             self.connection.execute(select(func.pg_advisory_xact_lock(_PREPARING)))
@@ -133,6 +159,16 @@ class PostgresqlDatabase:
             self.connection.execute(insert(meta).values(rows).on_conflict_do_nothing())
             check_meta(self.name, {"version": str(SCHEMA), "authority": authority, **found},
                        {"authority": authority})  # fmt: skip
+            if sealed and "authority" not in found:
+                row = {"party": self._party, "name": "sealed", "value": sealed}
+                self.connection.execute(insert(meta).values(row))
+        self._check_sealed(sealed)
+
+    def _check_sealed(self, expected: str | None) -> None:
+        with self.connection.begin():
+            self.sealed = _sealed_of(self.connection, self._party)
+        if expected is not None:
+            check_sealed(self.name, self.sealed, expected)
 
     def _wait_for_lease(self, wait: Callable[[str], None] | None, seconds: float) -> int:
         told = False
@@ -180,6 +216,25 @@ class PostgresqlDatabase:
 
     erasing = writing
 
+    def numbers(self, count: int) -> list[int]:
+        """The ids of the next records: those of later calls, of this process or another one, are larger."""
+        if len(self._numbers) < count:
+            drawn = {"count": max(count, NUMBERS_AT_ONCE)}
+            self._numbers = list(self.connection.execute(_NEXT, drawn).scalars())
+        taken, self._numbers = self._numbers[:count], self._numbers[count:]
+        return taken
+
+    def rewrite(self) -> None:
+        """Write the tables anew, without removed and replaced rows: in clear, these are then only in the server's
+        write-ahead log and in backups. Other parties wait meanwhile. Raises StoreProblem."""
+        try:
+            engine = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+            with engine.connect() as connection:
+                for table in (_TABLES.records, _TABLES.values):
+                    connection.execute(text(f"VACUUM (FULL) {table.fullname}"))
+        except DBAPIError as error:
+            raise self.refused("rewrite", error) from None
+
     def fault(self) -> str:
         """Always "": the server checks its own files (amcheck, data checksums)."""
         return ""
@@ -187,6 +242,27 @@ class PostgresqlDatabase:
     def refused(self, doing: str, error: DBAPIError) -> StoreProblem:
         """An error of the server or of the connection in one line, without statement, values or password."""
         return _refused(self._url, doing, error)
+
+
+def _sealed_of(connection: Connection, party: str) -> str:
+    meta = _TABLES.meta
+    query = select(meta.c.value).where(meta.c.party == party, meta.c.name == "sealed")
+    return connection.execute(query).scalar_one_or_none() or ""
+
+
+def sealed_at(url: str, party: str) -> str | None:
+    """The name of the key that the contents of this party's journal are encrypted with, "" for none; None where it has
+    no journal there yet. Changes nothing, also while a coordinator serves. Raises BadInput, StoreProblem."""
+    found, meta = read_url(url), _TABLES.meta
+    require_extra("database", "postgresql", "psycopg")
+    try:
+        with _engine(found).connect() as connection:
+            if "meta" not in inspect(connection).get_table_names(schema=_SCHEMA_NAME):
+                return None
+            named = select(func.count()).select_from(meta).where(meta.c.party == party)
+            return _sealed_of(connection, party) if connection.execute(named).scalar_one() else None
+    except DBAPIError as error:
+        raise _refused(found, "read", error) from None
 
 
 def read_url(text_: str) -> URL:

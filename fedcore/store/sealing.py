@@ -2,8 +2,9 @@
 
 A row's content is 32 bytes of salt and a ChaCha20-Poly1305 box under a key of its own, HKDF(key, salt).
 Invariant: a content opens only in its own place: a record in its job, stream, kind and row, a value under its job and
-key. So rows cannot be swapped, reordered or renamed. In clear are the names of jobs, streams, kinds and keys, times,
-and lengths. Not detected: rows that are missing, and a whole journal put back to an earlier time.
+key. So rows cannot be swapped, reordered or renamed, neither in a copied file nor by the administrator of a database
+server. In clear are the names of parties, jobs, streams, kinds and keys, times, and lengths. Not detected: rows that
+are missing, and a value or a whole journal put back to an earlier time.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import os
 from pathlib import Path
 
 from sqlalchemy import insert, select, update
+from sqlalchemy.exc import DBAPIError
 
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.secret import Secret, SecretBytes
 from fedcore.secagg.crypto.symmetric import Label, derive, framed, open_box, seal_box
+from fedcore.store.database import Database, check_sealed
 from fedcore.store.sqlite import SqliteFile
 
 SALT_BYTES = 32
@@ -83,18 +86,34 @@ def encrypt_journal(path: Path, party: str, sealer: RowSealer) -> bool:
     """Encrypt a journal that is in clear, all of it or nothing, and erase what was in clear from its files; False
     where that was done before. Raises StoreProblem."""
     with contextlib.closing(SqliteFile.open(path, party, sealed=None)) as file:
-        if file.sealed:
-            file.require_sealed(sealer.name)
-            return False
-        with file.erasing():
-            records, values, run = file.tables.records, file.tables.values, file.connection.execute
-            for row in run(select(records.c.id)).scalars().all():
-                found = run(select(records).where(records.c.id == row)).one()
-                sealed = sealer.record(found.body, found.job, found.stream, found.kind, row)
-                run(update(records).where(records.c.id == row).values(body=sealed))
-            for job, key in run(select(values.c.job, values.c.key)).all():
-                place = (values.c.job == job, values.c.key == key)
-                content = run(select(values.c.body).where(*place)).scalar_one()
-                run(update(values).where(*place).values(body=sealer.value(content, job, key)))
-            run(insert(file.tables.meta), [{"name": "sealed", "value": sealer.name}])
+        return encrypt_rows(file, party, sealer)
+
+
+def encrypt_rows(database: Database, party: str, sealer: RowSealer) -> bool:
+    """Encrypt the contents of this party's rows, all of them in one transaction, where they are in clear; False where
+    that was done before. Raises StoreProblem."""
+    if database.sealed:
+        check_sealed(database.name, database.sealed, sealer.name)
+        return False
+    try:
+        with database.erasing():
+            _encrypt_rows(database, party, sealer)
+    except DBAPIError as error:
+        raise database.refused("encrypt", error) from None  # its cause would quote contents
+    database.sealed = sealer.name
     return True
+
+
+def _encrypt_rows(database: Database, party: str, sealer: RowSealer) -> None:
+    found, run = database.tables, database.connection.execute
+    records, values = found.records, found.values
+    name = {"party": party} if found.by_party else {}
+    for row in run(select(records.c.id).where(*found.of(records, party))).scalars().all():
+        each = run(select(records).where(records.c.id == row)).one()
+        sealed = sealer.record(each.body, each.job, each.stream, each.kind, row)
+        run(update(records).where(records.c.id == row).values(body=sealed))
+    for job, key in run(select(values.c.job, values.c.key).where(*found.of(values, party))).all():
+        place = (*found.of(values, party), values.c.job == job, values.c.key == key)
+        content = run(select(values.c.body).where(*place)).scalar_one()
+        run(update(values).where(*place).values(body=sealer.value(content, job, key)))
+    run(insert(found.meta), [{**name, "name": "sealed", "value": sealer.name}])

@@ -24,7 +24,7 @@ from sqlalchemy.pool import NullPool
 from fedcore.errors import LeaseLost, StoreFull, StoreProblem
 from fedcore.files.disk import FREE_SOME, make_folder, refusals, sync_folder
 from fedcore.files.lock import FileLock
-from fedcore.store.database import SCHEMA, check_meta, tables
+from fedcore.store.database import SCHEMA, check_meta, check_sealed, tables
 
 
 class JournalInUse(StoreProblem):
@@ -84,7 +84,7 @@ class SqliteFile:
             check_meta(self.name, known, {"party": party})
             self.sealed = known.get("sealed", "")
             if sealed is not None:
-                self.require_sealed(sealed)
+                check_sealed(self.name, self.sealed, sealed)
         else:
             self.sealed = sealed or ""
             about = {"version": str(SCHEMA), "party": party}
@@ -94,21 +94,6 @@ class SqliteFile:
                 every.create_all(self.connection, checkfirst=bool(found))
                 self.connection.execute(insert(meta), rows)
         self.scrub()
-
-    def require_sealed(self, name: str) -> None:
-        """Raise StoreProblem unless its contents are encrypted with the key of this name; "": unless in clear."""
-        if self.sealed == name:
-            return
-        if not self.sealed:
-            found = "it in clear, expected it encrypted"
-            remedy = "`keystore encrypt` of fed-site, or of fed-coordinator, encrypts it"
-        elif not name:
-            found = "it encrypted, expected it in clear"
-            remedy = "[keystore] in site.toml, or federation.toml, names what opens it (docs/enrolment.md)"
-        else:
-            found = "it encrypted with another keystore's key, expected this one's"
-            remedy = "restore the keystore of this party, or start it anew with an empty folder"
-        raise StoreProblem(f"{self.name}: found {found}", remedy=remedy)
 
     @property
     def closed(self) -> bool:
@@ -135,6 +120,11 @@ class SqliteFile:
             with self.connection.begin():
                 yield
             self.scrub()
+
+    def numbers(self, count: int) -> list[int]:
+        """The ids of the next records."""
+        last = self.connection.exec_driver_sql("SELECT max(id) FROM records").scalar_one() or 0
+        return list(range(last + 1, last + 1 + count))
 
     def refused(self, doing: str, error: DBAPIError) -> StoreProblem:
         """An error of SQLite in one line."""

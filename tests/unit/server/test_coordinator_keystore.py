@@ -20,8 +20,10 @@ from fedcore_server.tls import server_credentials
 from support.federations import PASSPHRASE as AUTHORITYS
 from support.federations import authority_of, new_federation, now
 from support.job_parts import facts_of
+from support.journals import PostgresqlPlace
 from support.keystores import PASSPHRASE, cheap_scrypt, passphrase_file
 from support.killed import killed_before
+from support.postgres import PASSWORD
 
 from fedcore.errors import BadInput, EnvelopeRefused, StoreProblem
 from fedcore.files import lock
@@ -382,3 +384,48 @@ def test_a_journal_in_clear_is_refused_where_there_is_a_keystore(place, capsys):
     with pytest.raises(StoreProblem, match="found it in clear") as error:
         open_journal(config, config.read_kit(), pytest.fail)
     assert "fed-coordinator" in error.value.remedy
+
+
+# ------------------------------------------------------------------------- the journal on a database server
+
+
+def test_a_journal_on_a_server_is_encrypted_and_a_standby_opens_it_with_the_same_keystore(
+    place, capsys, postgres, tmp_path
+):
+    database = PostgresqlPlace(postgres)
+    url = postgres.tcp(database.name)
+    place.write_text(f'database = "{url}"\n' + place.read_text())
+    place.chmod(0o600)
+    config = read_config(place)
+    kit = config.model_copy(update={"keystore": None}).read_kit()
+    with open_journal(config.model_copy(update={"keystore": None}), kit, pytest.fail) as journal:
+        journal.put("job", "sum-1", SUM)
+        code, _, err = command(capsys, "encrypt", "--config", str(place))
+        assert code == 2 and "with the lease of" in err, "not while it runs"
+        assert not (place.parent / "keystore.json").exists(), "nothing half-done"
+    rows = "SELECT body FROM fedcore.kept_values"
+    assert database.sql(rows)[0][0] == SUM, "control: its administrator reads it"
+    assert (
+        "in clear   postgresql://fedcore@" in command(capsys, "status", "--config", str(place))[1]
+    )
+    code, out, err = command(capsys, "encrypt", "--config", str(place))
+    assert (code, err) == (0, "") and "write-ahead log and backups" in out
+    assert SUM not in database.sql(rows)[0][0] and SUM not in database.on_disk()
+    with open_journal(read_config(place), read_config(place).read_kit(), pytest.fail) as journal:
+        assert journal.get("job", "sum-1") == SUM
+        out = command(capsys, "status", "--config", str(place))[1]
+        assert "encrypted  postgresql://fedcore@" in out and PASSWORD not in out, "while it runs"
+
+    backup, standby = tmp_path / "backup", tmp_path / "standby" / "federation.toml"
+    assert command(capsys, "backup", str(backup), "--config", str(place))[0] == 0
+    (standby.parent / "kit").mkdir(parents=True)
+    standby.write_text(place.read_text())
+    standby.chmod(0o600)
+    code, _, err = command(capsys, "restore", str(backup), "--config", str(standby))
+    assert (code, err) == (0, "")
+    config = read_config(standby)
+    with open_journal(config, config.read_kit(), pytest.fail) as journal:
+        assert journal.get("job", "sum-1") == SUM
+    (standby.parent / "keystore.json").unlink()
+    code, _, err = command(capsys, "encrypt", "--config", str(standby))
+    assert code == 2 and "expected the keystore that" in err, "no second keystore is made"
