@@ -35,9 +35,23 @@ def test_another_exit_code_than_expected_is_an_error_with_what_was_said(commands
     assert commands.run("sh -c 'exit 3'", code=3) == ""
 
 
+def test_commands_run_side_by_side_and_answer_in_their_order(commands):
+    """Each waits for the other's file, so that neither ends alone."""
+    meet = "sh -c 'echo > {0}; until [ -e {1} ]; do sleep 0.01; done; read x; echo {0} got $x'"
+    both = {meet.format("a", "b"): "one\n", meet.format("b", "a"): "two\n"}
+    assert [*commands.run_all(both)] == ["a got one\n", "b got two\n"]
+
+
+def test_of_commands_side_by_side_none_is_left_after_one_failed(commands, tmp_path):
+    with pytest.raises(demo.CommandFailed, match="exit code 3"):
+        [*commands.run_all({"sh -c 'exit 3'": "", "sh -c 'exec sleep 100'": ""})]
+    assert processes_of(str(tmp_path)) == {}
+
+
 def test_a_process_that_ends_before_it_is_ready_is_an_error_with_its_log(commands):
+    commands.begin("hub", "sh -c 'echo no port; exit 2'")
     with pytest.raises(demo.CommandFailed, match="exit code 2\nno port"):
-        commands.begin("hub", "sh -c 'echo no port; exit 2'", "listening")
+        commands.ready("hub", "listening")
 
 
 def test_no_process_is_left_of_what_was_started(commands, tmp_path, monkeypatch):
