@@ -29,7 +29,6 @@ from fedcore_clients.policy import SitePolicy
 from fedcore_clients.rate import limit_text
 from fedcore_clients.rosters import newest_roster, sites_text
 from fedcore_clients.sandbox import NONE_HINT, choose
-from fedcore_clients.status import runs
 
 from fedcore.cli.console import ago
 from fedcore.errors import EXIT_DONE, BadInput, FedcoreError, Refused, StoreProblem, TaskFailed
@@ -39,6 +38,7 @@ from fedcore.identity.preflight import preflight
 from fedcore.identity.proxies import NONE, Proxy, variable_set
 from fedcore.identity.signed_roster import changes_of
 from fedcore.store.journal import Journal
+from fedcore.store.sqlite import JournalInUse
 from fedcore.types import Json, SiteId
 from fedcore.wire import calls, frames
 from fedcore.wire.refusals import told
@@ -193,10 +193,8 @@ def _journal(config: SiteConfig) -> str:
     try:
         with Journal.open(path, party=config.party, sealer=config.row_sealer()) as journal:
             return f"; {journal.verify()} records"
-    except StoreProblem:
-        if runs(config.folder):
-            return "; its process runs"
-        raise
+    except JournalInUse:
+        return "; its process runs"
 
 
 def _task(config: SiteConfig, section: TaskSection) -> tuple[str, Task]:

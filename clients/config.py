@@ -111,6 +111,7 @@ class SiteConfig(CoordinatorAddress):
     keep_secrets_days: how long the secrets of a job's key epochs stay after its end, for
     sites that missed its last release."""
 
+    missing = "`fed-site join` makes a site in a folder; --config FILE names its site.toml"
     refused = dict.fromkeys(
         ("database", "database_file"),
         "a site's journal has secrets, which only a file in `folder` can erase: leave it out",

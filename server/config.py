@@ -124,6 +124,7 @@ class FederationConfig(Section):
     """A federation as its coordinator runs it; paths are absolute. keepalive_seconds: between pings on a quiet
     connection."""
 
+    missing = "`fed-coordinator init NAME --host HOST` makes a federation; --config FILE names its federation.toml"
     name: str
     roster: Path
     kit: Path
@@ -213,6 +214,7 @@ class OperatorConfig(CoordinatorAddress):
     """The coordinator that an operator calls, and the folder of the certificate. keystore: what its key is encrypted
     with."""
 
+    missing = "`fed-coordinator init` writes one into operator/; --operator FILE or $FEDCORE_OPERATOR names it"
     kit: Path
     keystore: KeystoreSection | None = None
     party: ClassVar = "operator"

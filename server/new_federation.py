@@ -23,7 +23,7 @@ from fedcore.identity.addresses import authority_of
 from fedcore.identity.authority import LOOPBACK, Authority, host_name
 from fedcore.identity.authority_files import save_authority, save_token_authority
 from fedcore.identity.identities import ROSTER_FILE
-from fedcore.identity.peer import Peer
+from fedcore.identity.peer import Peer, check_name
 from fedcore.identity.revocation import EMPTY
 from fedcore.identity.signed_roster import SignedRoster
 from fedcore.identity.tokens import TokenUri, make_token_key
@@ -106,6 +106,7 @@ def create(
     lines; metrics_port: of the counters, None for none; unlock: where the serving process finds the passphrase, ""
     where it does not; key: the URI of a key that is made in a token, whose PIN the passphrase is then. Raises
     AlreadyExists, BadInput, StoreProblem."""
+    check_name("federation", name)
     token = TokenUri.parse(key, "--key") if key else None
     for host in hosts:
         host_name(host)

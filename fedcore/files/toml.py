@@ -22,6 +22,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     refused: ClassVar[Mapping[str, str]] = {}
     """Keys that one might expect, each with the hint why there is none."""
+    missing: ClassVar[str] = "`fedcore up` writes one to start from"
+    """The hint where there is no such file."""
 
 
 _PASSWORD = re.compile(r"(//[^:/@\s]*:).*@")
@@ -43,8 +45,7 @@ def read_toml(model: type[S], path: Path, *, paths: Collection[str], **more: Any
     except BadInput as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-        remedy = "`fedcore up` writes one to start from"
-        raise BadInput(f"{path}: found no such file", remedy=remedy) from error
+        raise BadInput(f"{path}: found no such file", remedy=model.missing) from error
     here = path.resolve().parent
     for key in paths:
         if isinstance(tables.get(key), str):

@@ -49,7 +49,8 @@ def check_name(what: str, name: str) -> str:
     if not re.fullmatch(_NAME, name):
         raise BadInput(
             f"{what}: found {name!r}, expected 1 to 64 letters, digits, '.', '_' or '-', "
-            "beginning with a letter or a digit"
+            "beginning with a letter or a digit",
+            remedy="such as north-2: the name stands in certificates, and folders are named after it",
         )
     return name
 

@@ -517,10 +517,13 @@ def test_a_wrong_key_is_named_with_its_path(home, call, old, new, parts):
     refused(call(hub_cli, "serve", "--config", home.hub), 2, *parts)
 
 
-@pytest.mark.parametrize(("module", "name"), [(hub_cli, "serve"), (site_cli, "run")])
-def test_no_file(home, call, module, name):
+@pytest.mark.parametrize(
+    ("module", "name", "hint"),
+    [(hub_cli, "serve", "fed-coordinator init NAME"), (site_cli, "run", "fed-site join")],
+)
+def test_no_file(home, call, module, name, hint):
     nowhere = home.folder / "nowhere.toml"
-    refused(call(module, name, "--config", nowhere), 2, "no such file", "fedcore up")
+    refused(call(module, name, "--config", nowhere), 2, "no such file", hint, "--config FILE")
 
 
 def test_a_port_in_use(home):

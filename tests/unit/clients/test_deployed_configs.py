@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 from fedcore_clients import config as site
-from fedcore_clients.check import clock_text, version_text
+from fedcore_clients.check import _folder, clock_text, version_text
+from fedcore_clients.config import JOURNAL_FILE
 from fedcore_clients.sandbox import hidden
 from fedcore_server import config as hub
 from support.deployed_jobs import SITE_TOML
+from support.keystores import new_site
 
 from fedcore.errors import BadInput, Refused, UnknownName
 from fedcore.identity.addresses import endpoint
 from fedcore.identity.proxies import Proxy, ProxySection
+from fedcore.store.journal import Journal
 from fedcore.wire.frames import SOFTWARE, Welcome
 
 FEDERATION = 'name = "heart"\nroster = "r.toml"\nkit = "kit"\nfolder = "state"\n'
@@ -141,3 +144,11 @@ def test_clocks_and_versions_at_both_ends():
     assert version_text(SOFTWARE) == f"{SOFTWARE} at both ends"
     with pytest.raises(Refused, match="fedcore 9 at the coordinator"):
         version_text("fedcore 9")
+
+
+def test_a_journal_that_the_site_opened_just_now_is_not_a_failure(tmp_path):
+    """It has no status yet, which it writes a little later."""
+    config = new_site(tmp_path / "va").model_copy(update={"keystore": None})
+    with Journal.open(config.folder / JOURNAL_FILE, party=config.party):
+        assert "its process runs" in _folder(config)
+    assert "0 records" in _folder(config)

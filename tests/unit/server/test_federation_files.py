@@ -91,7 +91,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
         new_federation(tmp_path / "one")
     assert (tmp_path / "one" / "kit" / "key.pem").read_bytes() == before
     with pytest.raises(BadInput, match="federation: found 'he art'"):
-        new_federation(tmp_path / "two", "he art")
+        new_federation(tmp_path / "he" / "art", "he art")
     with pytest.raises(BadInput, match="hosts: found 'hub:7443'"):
         new.create(
             "heart", tmp_path / "two", ["hub:7443"], SecretBytes(b"x"), now(),
