@@ -340,23 +340,26 @@ def attack(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Attack a job as each party sees it, in short recorded rounds. Under `plain`, too, as the control."""
-    _starting("attack", job, settings)
+    """Attack a job as each party sees it, in short recorded rounds. Under `plain`, too, as the control.
+
+    Without a task or a job, each attack is carried out on the built-in task that shows it."""
+    of_one_job = job is not None or "task" in settings
+    if of_one_job:
+        _starting("attack", job, settings)
     if out is not None and out.exists():
         raise AlreadyExists(f"--out: found {out}, expected a new folder", remedy="another --out")
     say("loading torch")
+    from fedcore.experiment.attacks.bench import run_bench
     from fedcore.experiment.attacks.registry import run_attacks
     from fedcore.experiment.prepare import job_for
     from fedcore.report.attack_table import attack_summary
 
+    layers, names, rates = _layers(job, settings), attack or (), fpr or ()
     with reading_shown():
-        found = run_attacks(
-            *job_for(None, *_layers(job, settings)),
-            attack or (),
-            preset=preset,
-            rates=fpr or (),
-            say=say,
-        )
+        if of_one_job:
+            found = run_attacks(*job_for(None, *layers), names, preset=preset, rates=rates, say=say)
+        else:
+            found = run_bench(names, *layers, preset=preset, rates=rates, say=say)
     if out is not None:
         from fedcore.report.attack_page import write_page
 

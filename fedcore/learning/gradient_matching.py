@@ -11,7 +11,8 @@ Invariant: nothing here reads the rows that are attacked, only the module, the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,21 +34,95 @@ _SAME = 0.05
 """Two candidates for a row are the same one where their root mean square distance is below this share of the width of
 the valid range."""
 
+_LEAST_PUBLIC = 20
+"""Rows from which a covariance is worth more than none."""
 
-_BEHIND = 50
-"""The weight of the total variation where features are compared, which leave more of a picture open than a gradient."""
+_NEAR, _TOGETHER, _FLOOR = 2.0, 0.1, 0.003
+"""Of a picture's prior beside the covariance of the public rows: how far pixels go together, how much of that there is,
+and how much noise, as shares of the width of the valid range."""
+
+_OUTSIDE = 0.01
+"""The weight of values outside the valid range, which they are cut to in the end."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """How `match` searches. steps: of Adam on the sign of the gradient; starts: from so many random inputs, of which
-    the best is taken; rate: first step size, as a share of the width of the valid range; variation: weight of the
-    total variation."""
+    """How rows are searched. steps: of Adam; starts: from so many points, of which the best is taken; rate: first step
+    size, in standard deviations of the prior; prior: weight of its negative logarithm at first and in the end;
+    variation: weight of the total variation."""
 
     steps: int = 400
     starts: int = 2
-    rate: float = 0.1
+    rate: float = 0.05
+    prior: tuple[float, float] = (1e-4, 1e-6)
     variation: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What an adversary takes rows of this kind to be like: a Gaussian, in whose coordinates it searches.
+
+    mean: (values,); root: (values, values), times its transpose the covariance; span: the valid range.
+    """
+
+    mean: Tensor
+    root: Tensor
+    span: tuple[float, float]
+
+    @classmethod
+    def of(cls, public: Inputs, picture: Sequence[int] | None, span: tuple[float, float]) -> Prior:
+        """Learnt on (rows, ...) public rows; of the middle of the range alone where these are few."""
+        (low, high), flat = span, public.reshape(len(public), -1).astype(np.float64)
+        width, size = high - low, flat.shape[1]
+        if len(flat) < _LEAST_PUBLIC:
+            mean, covariance = np.full(size, (low + high) / 2), np.eye(size) * (width / 3) ** 2
+        else:
+            mean, covariance = flat.mean(axis=0), np.cov(flat.T).reshape(size, size)
+            covariance = covariance + np.eye(size) * (_FLOOR * width) ** 2
+        if picture is not None:
+            places = np.indices(picture).reshape(len(picture), -1).T
+            apart = np.sqrt(((places[:, None, -2:] - places[None, :, -2:]) ** 2).sum(axis=2))
+            same = (places[:, None, :-2] == places[None, :, :-2]).all(axis=2)
+            covariance = covariance + np.exp(-apart / _NEAR) * same * (_TOGETHER * width) ** 2
+        root = np.linalg.cholesky(covariance)
+        return cls(torch.from_numpy(mean).float(), torch.from_numpy(root).float(), span)
+
+    def starts(self, count: int, rows: int) -> Tensor:
+        """(count, rows, values) standardised: the mean, then draws near it."""
+        found = torch.randn(count, rows, len(self.mean)) / 2
+        found[0] *= 0.2  # rows that begin alike stay alike
+        return found
+
+    def rows(self, free: Tensor) -> Tensor:
+        """(..., values) inputs of standardised ones, not cut to the valid range."""
+        return self.mean + free @ self.root.T
+
+    def penalty(self, free: Tensor, inputs: Tensor, share: float, search: Search) -> Tensor:
+        """Of all rows, after a share of the steps: how unlikely they are, and how far out of the valid range."""
+        first, last = search.prior
+        width = self.span[1] - self.span[0]
+        outside = ((inputs - inputs.clamp(*self.span)) / width).square().sum()
+        weight = first * math.pow(last / first, share)
+        return free.square().sum() * weight + outside * _OUTSIDE
+
+
+def _descended(
+    free: Tensor, search: Search, far: Callable[[Tensor, float], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """(free inputs, their distances) after Adam with a rate that falls. far: the (starts,) distances and what is
+    minimised, of free inputs after a share of the steps."""
+    guess = nn.Parameter(free)
+    optimiser = Adam([guess], TrainPlan(lr=search.rate))
+    distances = torch.zeros(len(free))
+    for step in range(search.steps):
+        share = step / search.steps
+        optimiser.param_groups[0]["lr"] = search.rate * (
+            0.02 + 0.49 * (1 + math.cos(math.pi * share))
+        )
+        distances, whole = far(guess, share)
+        guess.grad = torch.autograd.grad(whole, guess)[0]
+        optimiser.step()
+    return guess.detach(), distances.detach()
 
 
 def _parts(module: nn.Module, gradient: WideVector) -> dict[str, Tensor]:
@@ -101,7 +176,17 @@ def linear_inputs(
     name = next(iter(_linear_layers(module)))[0]
     parts = _parts(module, gradient)
     weights, bias = (parts[f"{name}.{each}".lstrip(".")].numpy() for each in ("weight", "bias"))
-    usable = np.flatnonzero((np.abs(bias) > exact[0]) & (np.abs(bias) < exact[1]))
+    whole = np.abs(weights) < exact[1]
+    usable = np.flatnonzero(
+        (np.abs(bias) > exact[0]) & (np.abs(bias) < exact[1]) & whole.all(axis=1)
+    )
+    if rows == 1:  # every unit gives the one row: all that was not clipped is weighed together
+        trusted = whole & ((np.abs(bias) > exact[0]) & (np.abs(bias) < exact[1]))[:, None]
+        products, squares = (weights * bias[:, None] * trusted), (bias**2)[:, None] * trusted
+        known = trusted.any(axis=0)
+        row = products.sum(axis=0) / np.where(known, squares.sum(axis=0), 1.0)
+        only: Inputs = row.clip(*(span or (-np.inf, np.inf))).astype(np.float32)[None]
+        return only[: int(known.any())]
     usable = usable[np.argsort(-np.abs(bias[usable]), kind="stable")]
     found = (weights[usable] / bias[usable, None]).astype(np.float64)
     if not len(found):
@@ -112,10 +197,6 @@ def linear_inputs(
     np.fill_diagonal(apart, np.inf)
     outside = np.sqrt((np.clip(found, low, high) - found) ** 2).mean(axis=1) / width
     doubt = np.minimum(apart.min(axis=1), 1.0) + outside
-    if rows == 1:
-        doubt[:] = np.arange(
-            len(found)
-        )  # all are of the one row: the largest gradient is the most exact
     taken: list[int] = []
     for index in np.argsort(doubt, kind="stable"):
         if all(apart[index, other] > _SAME for other in taken):
@@ -126,46 +207,42 @@ def linear_inputs(
 
 
 def inputs_behind(
-    module: nn.Module, features: Inputs, like: ArrayRows, picture: Sequence[int] | None, span: tuple[float, float],
-    search: Search, *, seed: int,
-) -> Inputs:  # fmt: skip
-    """(k, ...) inputs for which the first linear layer gets these (k, size) features, each searched by itself.
+    module: nn.Module,
+    features: Inputs,
+    shape: Sequence[int],
+    prior: Prior,
+    search: Search,
+    *,
+    seed: int,
+) -> Inputs:
+    """(k, *shape) inputs for which the first linear layer gets these (k, size) features, each searched by itself.
 
-    like, picture, span: as in `match`. The layers before are those of the module in evaluation mode.
+    shape: of one row. The layers before are those of the module in evaluation mode.
     """
     module.eval()
-    (low, high), got, shape = span, [], tuple(like.x.shape[1:])
+    got: list[Tensor] = []
     if not len(features):  # of random numbers every bias may be out of its range
         return np.zeros((0, *shape), dtype=np.float32)
     layer = next(iter(_linear_layers(module)))[1]
     handle = layer.register_forward_pre_hook(lambda _, arguments: got.append(arguments[0]))
     wanted = torch.from_numpy(features)
-    size = wanted.square().mean(dim=1) + 1e-12
-    best, least = torch.zeros(len(features), *shape), torch.full((len(features),), torch.inf)
+    size = wanted.square().sum(dim=1) + 1e-12
+
+    def far(free: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        inputs = prior.rows(free)
+        got.clear()
+        module(inputs.reshape(-1, *shape))
+        apart = (got[0].reshape(*free.shape[:2], -1) - wanted).square().sum(dim=2) / size
+        return apart, apart.sum() + prior.penalty(free, inputs, share, search)
+
     try:
         with seeded(seed, 0, "", "attack inputs"):
-            for _ in range(search.starts):
-                guess = nn.Parameter(torch.full((len(features), *shape), (low + high) / 2))
-                guess.data += torch.randn_like(guess) * (high - low) / 10
-                rate = search.rate * (high - low)
-                optimiser = Adam([guess], TrainPlan(lr=rate))
-                for step in range(2 * search.steps):
-                    optimiser.param_groups[0]["lr"] = rate * 0.1 ** (step / search.steps)
-                    got.clear()
-                    module(guess)
-                    far = (got[0].reshape(len(features), -1) - wanted).square().mean(dim=1) / size
-                    whole = far.sum() + _BEHIND * search.variation * len(features) * _variation(
-                        guess, picture, high - low
-                    )
-                    guess.grad = torch.autograd.grad(whole, guess)[0]
-                    optimiser.step()
-                    with torch.no_grad():
-                        guess.clamp_(low, high)
-                better = far.detach() < least
-                best[better], least[better] = guess.detach()[better], far.detach()[better]
+            starts = prior.starts(search.starts, len(features))
+            free, distances = _descended(starts, search, far)
     finally:
         handle.remove()
-    return best.numpy()
+    best = free[distances.argmin(dim=0), torch.arange(len(features))]
+    return prior.rows(best).clamp(*prior.span).reshape(-1, *shape).numpy()
 
 
 def labels(
@@ -198,43 +275,41 @@ def labels(
 
 
 def match(
-    task: Task, module: nn.Module, gradient: WideVector, classes: NDArray[np.int64], like: ArrayRows,
-    picture: Sequence[int] | None, span: tuple[float, float], search: Search, *, seed: int,
+    task: Task, module: nn.Module, gradient: WideVector, exact: tuple[float, float], classes: NDArray[np.int64],
+    like: ArrayRows, picture: Sequence[int] | None, prior: Prior, search: Search, *, seed: int,
 ) -> tuple[Inputs, float]:  # fmt: skip
     """((rows, ...) inputs whose gradient is closest to the given one, 1 - cosine of the two).
 
-    classes: of the rows, in the order of the inputs. like: rows of the task, for shapes and types only. picture:
-    (height, width) or (channels, height, width) of one row, None where it is none. seed: of the random starts.
+    exact: as in `linear_inputs`; what was clipped is not compared. classes: of the rows, in the order of the inputs.
+    like: rows of the task, for shapes and types only. picture: (height, width) or (channels, height, width) of one
+    row, None where it is none. seed: of the random starts.
     """
     module.train()
     wanted = torch.cat([part.reshape(-1) for part in _parts(module, gradient).values()])
-    size, shape, (low, high) = wanted.norm(), tuple(like.x.shape[1:]), span
+    whole = wanted.abs() < exact[1]
+    wanted = wanted * whole
+    size, shape, width = wanted.norm(), tuple(like.x.shape[1:]), prior.span[1] - prior.span[0]
     trained = [p for p in module.parameters() if p.requires_grad]
     targets = torch.from_numpy(classes).to(like.y.dtype).reshape(-1, *like.y.shape[1:])
-    best: tuple[float, Tensor] | None = None
+
+    def far(free: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        inputs = prior.rows(free)
+        loss = loss_of(task, like, module(inputs.reshape(-1, *shape)), targets)
+        mine = torch.autograd.grad(
+            loss, trained, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        flat = torch.cat([part.reshape(-1) for part in mine]) * whole
+        apart = 1 - flat @ wanted / (flat.norm() * size + 1e-20)
+        rough = search.variation * _variation(inputs[0], picture, width)
+        return apart[None], apart + prior.penalty(free, inputs, share, search) + rough
+
     with seeded(seed, 0, "", "attack inputs"):
-        for _ in range(search.starts):
-            guess = nn.Parameter(torch.rand(len(classes), *shape) * (high - low) + low)
-            rate = search.rate * (high - low)
-            optimiser = Adam([guess], TrainPlan(lr=rate))
-            for step in range(search.steps):
-                optimiser.param_groups[0]["lr"] = rate * 0.1 ** (4 * step // search.steps)
-                loss = loss_of(task, like, module(guess), targets)
-                mine = torch.autograd.grad(
-                    loss, trained, create_graph=True, allow_unused=True, materialize_grads=True
-                )
-                flat = torch.cat([part.reshape(-1) for part in mine])
-                far = 1 - flat @ wanted / (flat.norm() * size + 1e-20)
-                whole = far + search.variation * _variation(guess, picture, high - low)
-                guess.grad = torch.autograd.grad(whole, guess)[0].sign()
-                optimiser.step()
-                with torch.no_grad():
-                    guess.clamp_(low, high)
-            distance = float(far.detach())
-            if best is None or distance < best[0]:
-                best = distance, guess.detach().clone()
-    assert best is not None
-    return best[1].numpy(), best[0]
+        found = [
+            _descended(start[None], search, far)
+            for start in prior.starts(search.starts, len(classes))
+        ]
+    free, distance = min(found, key=lambda each: float(each[1]))
+    return prior.rows(free[0]).clamp(*prior.span).reshape(-1, *shape).numpy(), float(distance)
 
 
 def _variation(inputs: Tensor, picture: Sequence[int] | None, width: float) -> Tensor:

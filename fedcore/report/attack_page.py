@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedcore.files import write_atomic
-from fedcore.report.attack_table import BEYOND, figure, interval, together, without_figure
+from fedcore.report.attack_table import BEYOND, figure, interval, named, together, without_figure
 from fedcore.report.phrases import plain
 from fedcore.results import AttackResult, Reconstruction, RocCurve
 
@@ -67,7 +67,7 @@ def render(result: AttackResult) -> str:
 
 def _cells(row: Any, measure: str) -> dict[str, str]:
     return {
-        "attack": plain(f"{row.attack} {row.setting}"), "party": row.party, "view": row.view,
+        "attack": plain(named(row)), "party": row.party, "view": row.view,
         "protection": row.protection, "n": f"{row.samples:,}", "found": figure(row.value, measure),
         "interval": interval(row), "chance": figure(row.chance, measure), "beyond": BEYOND[row.beyond_chance],
         "shows": plain(row.shows),
@@ -78,7 +78,7 @@ def _pictures(found: Sequence[Reconstruction]) -> list[tuple[str, list[tuple[str
     """[(what it is of, [(original, reconstruction, caption)])], pictures as data URIs."""
 
     def about(each: Reconstruction) -> str:
-        return f"{each.attack}, {each.setting}, {each.protection}: {each.party}, from {each.view}"
+        return f"{each.task}, {each.attack}, {each.setting}, {each.protection}: {each.party}, from {each.view}"
 
     return [
         (
@@ -87,7 +87,7 @@ def _pictures(found: Sequence[Reconstruction]) -> list[tuple[str, list[tuple[str
                 (
                     picture_uri(e.original, e.shape),
                     picture_uri(e.reconstructed, e.shape),
-                    f"{e.psnr:.1f} dB",
+                    f"{e.psnr:.1f} dB" + (f", SSIM {e.ssim:.2f}" if e.ssim is not None else ""),
                 )
                 for e in group[:_SHOWN]
             ],
@@ -125,7 +125,7 @@ def _curve(curve: RocCurve) -> tuple[str, str]:
         f"{_place(x):.1f} {_SIDE - _place(y):.1f}"
         for x, y in zip(curve.false_positives, curve.true_positives, strict=True)
     ]
-    return plain(f"{curve.attack}, {curve.protection}"), "M" + "L".join(points)
+    return plain(f"{curve.task}, {curve.attack}, {curve.protection}"), "M" + "L".join(points)
 
 
 def _place(rate: float) -> float:

@@ -29,20 +29,25 @@ def attack_summary(result: AttackResult) -> RenderableType:
         )
         for row in rows:
             table.add_row(
-                Text(plain(f"{row.attack} {row.setting}")), row.party, row.view, row.protection,
+                Text(plain(named(row))), row.party, row.view, row.protection,
                 f"{row.samples:,}", figure(row.value, measure), interval(row),
                 figure(row.chance, measure), BEYOND[row.beyond_chance],
             )  # fmt: skip
         parts += [Text(measure), fitted(table), Text()]
     parts += [Text(f"{attack}: no figure: {reason}") for attack, reason in without_figure(result)]
     said = dict.fromkeys(
-        f"{row.attack} {row.setting}, {row.protection}: {row.shows}" for row in ordered if row.shows
+        f"{named(row)}, {row.protection}: {row.shows}" for row in ordered if row.shows
     )
     parts += [Text(plain(text)) for text in said]
     parts += [
         Text(text, style="dim") for text in dict.fromkeys(r.not_shown for r in ordered) if text
     ]
     return Group(*parts)
+
+
+def named(row: AttackRow) -> str:
+    """Task, attack and setting."""
+    return " ".join(part for part in (row.task, row.attack, row.setting) if part)
 
 
 Each = TypeVar("Each")
@@ -59,7 +64,7 @@ def together(found: Iterable[Each], name: Callable[[Each], str]) -> dict[str, li
 def without_figure(result: AttackResult) -> list[tuple[str, str]]:
     """(attack, reason) of the rows that have none, each once."""
     return list(
-        dict.fromkeys((plain(row.attack), plain(row.refused)) for row in result.rows if row.refused)
+        dict.fromkeys((plain(named(row)), plain(row.refused)) for row in result.rows if row.refused)
     )
 
 

@@ -18,7 +18,8 @@ class AttackRow(JsonRecord):
     recorded. setting: what else the row is about, such as "batch 4". samples: how many images, rows or canaries were
     counted. measure: what `value` is; low, high: its 95 % interval; chance: what the same measure gives without a
     leak. beyond_chance: whether the attack did better than 999 of 999 draws without a leak; None where no draw was
-    made. more: further figures by name. shows, not_shown: a sentence each. refused: why there is no figure.
+    made. more: further figures by name. shows, not_shown: a sentence each. refused: why there is no figure. task: its
+    name.
     """
 
     attack: str
@@ -37,6 +38,7 @@ class AttackRow(JsonRecord):
     shows: str = ""
     not_shown: str = ""
     refused: str | None = None
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Reconstruction(JsonRecord):
     original: tuple[int, ...]
     reconstructed: tuple[int, ...]
     psnr: float
+    ssim: float | None = None
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,13 @@ class RocCurve(JsonRecord):
     protection: str
     false_positives: tuple[float, ...]
     true_positives: tuple[float, ...]
+    task: str = ""
 
 
 @dataclass(frozen=True)
 class AttackResult(JsonRecord):
-    """All rows of one `fedcore attack`. label: of the run that is attacked; seconds: it took."""
+    """All rows of one `fedcore attack`. task, task_digest, label, sites: of the run that is attacked; where every
+    attack has a task of its own `task` has their names, and the others are of the first. seconds: it took."""
 
     task: str
     task_digest: str

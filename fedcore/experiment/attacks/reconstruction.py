@@ -55,9 +55,10 @@ def analytic(scene: Scene) -> Iterator[AttackRow | Reconstruction]:
             return linear_inputs(flat.module, view.gradient, view.exact, rows, scene.span)
         rows = min(view.rows, _MOST_ROWS)
         features = linear_inputs(flat.module, view.gradient, view.exact, rows, None)
+        shape = tuple(scene.inputs.x.shape[1:])
         return inputs_behind(
-            flat.module, features, scene.inputs, scene.picture, scene.span, scene.effort.search, seed=scene.seed
-        )  # fmt: skip
+            flat.module, features, shape, scene.prior, scene.effort.behind, seed=scene.seed
+        )
 
     for batch in scene.effort.batches:
         rows = scene.effort.analytic_rows if of_rows else scene.effort.searched_rows
@@ -85,18 +86,10 @@ def inversion(scene: Scene) -> Iterator[AttackRow | Reconstruction]:
         seed = derive_seed(scene.seed, view.rows, "", "inversion")
         classes = labels(flat.module, view.gradient, rows, shape, scene.span, seed=seed)
         assert classes is not None
-        search, span = scene.effort.search, scene.span
         return match(
-            scene.task,
-            flat.module,
-            view.gradient,
-            classes,
-            like,
-            scene.picture,
-            span,
-            search,
-            seed=seed,
-        )[0]
+            scene.task, flat.module, view.gradient, view.exact, classes, like, scene.picture, scene.prior,
+            scene.effort.search, seed=seed,
+        )[0]  # fmt: skip
 
     for batch in scene.effort.batches:
         yield from _attacked("inversion", scene, batch, attempt, scene.effort.searched_rows)
@@ -135,7 +128,7 @@ def _attacked(
                             Reconstruction(
                                 name, view.party, view.source, protection, setting, scene.picture,
                                 scene.pixels(truth[row]), scene.pixels(guesses[guess]),
-                                round(score.psnr[before + place], 2),
+                                round(score.psnr[before + place], 2), round(score.ssim[before + place], 3),
                             )
                         )  # fmt: skip
         for (party, source), score in scores.items():
@@ -150,8 +143,10 @@ def _row(
     mean, chance = float(np.mean(score.psnr)), score.chance
     beyond = bool(mean > chance.max())
     what = "one site's upload" if source == UPLOAD else "a sum of sites"
+    alike = f" and a similarity of {np.mean(score.ssim):.2f}" if score.ssim else ""
     shows = (
-        f"{hits} of {rows} rows can be told from {CANDIDATES - 1} others by what {_who(party)} can make of {what}."
+        f"{hits} of {rows} rows can be told from {CANDIDATES - 1} others by what {_who(party)} can make of {what}: "
+        f"{mean:.1f} dB{alike}, {chance.mean():.1f} dB against other rows."
         if beyond
         else f"What {_who(party)} can make of {what} is no closer to the rows than to other rows of the task."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedcore.config import Job
 from fedcore.errors import UnknownName, require_extra
@@ -75,4 +75,5 @@ def run_attacks(
 def _found(scene: Scene, names: Sequence[str], say: Callable[[str], None]) -> Iterator[Found]:
     for name in names:
         say(f"{name}: {ATTACKS[name].about}")
-        yield from ATTACKS[name].run(scene)
+        for found in ATTACKS[name].run(scene):
+            yield replace(found, task=found.task or scene.task.name)

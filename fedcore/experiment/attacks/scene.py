@@ -19,8 +19,8 @@ from fedcore.errors import BadInput
 from fedcore.experiment.exposure import BOTH, COORDINATOR, held
 from fedcore.experiment.prepare import Prepared, prepare
 from fedcore.experiment.simulation import Federation
-from fedcore.learning.data.rows import ArrayRows
-from fedcore.learning.gradient_matching import Search
+from fedcore.learning.data.rows import ArrayRows, pool
+from fedcore.learning.gradient_matching import Prior, Search
 from fedcore.learning.model import single_thread
 from fedcore.learning.schedules import learning_rate
 from fedcore.learning.site import SiteTrainer
@@ -65,18 +65,26 @@ class StepRound:
 @dataclass(frozen=True)
 class Effort:
     """How much an attack takes. batches: rows of a step; rows: reconstructed for each batch, analytically and by a
-    search; search: how."""
+    search; search: how, for the same gradient; behind: how, for given features."""
 
     batches: tuple[int, ...] = (1, 4)
     analytic_rows: int = 16
     searched_rows: int = 4
     search: Search = field(default_factory=lambda: Search(steps=200))
+    behind: Search = field(default_factory=lambda: Search(steps=400, starts=4))
     reference_pairs: int = 2
 
 
 PRESETS = {
     "quick": Effort(),
-    "full": Effort((1, 2, 4, 8), 64, 32, Search(steps=2000, starts=4), reference_pairs=8),
+    "full": Effort(
+        (1, 2, 4, 8),
+        64,
+        32,
+        Search(steps=2000, starts=4),
+        Search(steps=2000, starts=16),
+        reference_pairs=8,
+    ),
 }
 
 
@@ -132,6 +140,14 @@ class Scene:
         """The smallest and largest input: a valid range that is public knowledge for pixels and declared tables."""
         x = self.inputs.x.numpy()
         return float(x.min()), float(x.max())
+
+    @cached_property
+    def prior(self) -> Prior:
+        """What the adversary takes rows to be like: learnt on the test rows of all sites, which stand for public rows
+        of the same kind and are trained on nowhere."""
+        tested = pool([site.test for site in self.prepared.sites])
+        assert isinstance(tested, ArrayRows)
+        return Prior.of(tested.x.numpy(), self.picture, self.span)
 
     @cached_property
     def picture(self) -> tuple[int, ...] | None:

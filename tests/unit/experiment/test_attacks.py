@@ -21,6 +21,7 @@ from support.small_tasks import tiny
 
 from fedcore.cli import main as commands
 from fedcore.errors import UnknownName
+from fedcore.experiment.attacks.bench import PARTS, Part, run_bench
 from fedcore.experiment.attacks.intervals import least_non_members, share_interval
 from fedcore.experiment.attacks.likeness import MOST_PSNR, Likeness, similarity
 from fedcore.experiment.attacks.reconstruction import analytic, inversion
@@ -152,18 +153,56 @@ def test_nothing_is_searched_behind_no_features():
     scene = Scene(*job_for(None, {"task": "digits", "protect.protection": "plain"}))
     nothing = np.zeros((0, 64), dtype=np.float32)
     made = gradient_matching.inputs_behind(
-        scene.prepared.flat.module, nothing, scene.inputs, (8, 8), (0.0, 1.0), Search(), seed=0
+        scene.prepared.flat.module, nothing, (64,), scene.prior, Search(), seed=0
     )
     assert made.shape == (0, 64)
 
 
 def test_a_picture_of_clothes_is_found_behind_two_convolutions():
     layer = {"task": "fashion", "sites.rows": 1400, "sites.n": 3, "protect.protection": "plain"}
-    scene = Scene(*job_for(None, layer), Effort((1,), searched_rows=1, search=Search(150, 1)))
+    scene = Scene(*job_for(None, layer), Effort((1,), searched_rows=1, behind=Search(200, 2)))
     found = [each for each in analytic(scene) if "chance" in each]
     upload = next(r for r in found if (r.party, r.view) == ("coordinator", "the upload"))
     assert upload.value == 1.0
     assert upload.more["psnr_db"] > upload.more["chance_psnr_highest_db"] + 1
+
+
+def test_pictures_of_clothes_are_read_exactly_from_a_linear_layer():
+    scene = Scene(*PARTS[0].of({"protect.protection": "plain"}), Effort((1,), analytic_rows=4))
+    found = [each for each in analytic(scene) if each.view == "the upload"]
+    rows = [each for each in found if "chance" in each]
+    assert [each.value for each in rows] == [1.0, 1.0]
+    assert all(each.more["psnr_lowest_db"] > 40 for each in rows)
+    assert all(each.ssim > 0.99 for each in found if "ssim" in each)
+
+
+def test_without_a_task_each_attack_has_a_task_of_its_own():
+    parts = [
+        Part(("lying-site",), {"task": "digits"}),
+        Part(("audit-training",), {"task": "heart"}),
+    ]
+    found = run_bench(parts=parts)
+    assert [(each.attack, each.task) for each in found.rows] == [
+        ("lying-site", "digits"), ("audit-training", "heart"),
+    ]  # fmt: skip
+    assert found.task == "digits, heart"
+    with pytest.raises(UnknownName, match="lying-site"):
+        run_bench(["lying-sites"], parts=parts)
+
+
+def test_what_was_clipped_is_not_taken_for_the_gradient():
+    """Gradients beyond the range arrive as its ends: a row is read from the entries that are not."""
+    torch.manual_seed(0)
+    model, wide = torch.nn.Linear(16, 8), torch.rand(1, 16)
+    torch.nn.functional.cross_entropy(model(wide), torch.tensor([3])).backward()
+    gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).double().numpy()
+    most = np.abs(gradient).max() / 2
+    clipped = gradient.clip(-most, most)
+    assert (clipped != gradient).any()
+    read = gradient_matching.linear_inputs(model, clipped, (1e-9, 0.999 * most), 1, (0.0, 1.0))
+    np.testing.assert_allclose(read[0], wide[0].numpy(), atol=1e-6)
+    naive = gradient_matching.linear_inputs(model, clipped, (1e-9, np.inf), 1, (0.0, 1.0))
+    assert np.abs(naive[0] - wide[0].numpy()).max() > 0.01
 
 
 def test_lying_sites_ask_for_ages_of_patients():
