@@ -71,7 +71,8 @@ def _starting(command: str, job: Path | None, settings: Settings) -> None:
 
 @job_command(
     app,
-    "task protection cipher sum executor rounds cohort seed bits threshold drop dropout validate device initial",
+    "task protection cipher sum executor workers rounds cohort seed bits threshold drop dropout validate device "
+    "initial",
 )
 def simulate(
     settings: Settings,
@@ -80,6 +81,14 @@ def simulate(
     force: Force = False,
     as_json: AsJson = False,
     resume: Annotated[Path | None, typer.Option(help="Resume an interrupted run.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            help="Processes that train the sites, with --sum exact; default: none.",
+        ),
+    ] = None,
     flower_app: flags.FlowerApp = None,
     run_config: flags.RunConfig = None,
 ) -> None:
@@ -104,12 +113,17 @@ def simulate(
         with closing(bar), ticking(bar.tick), reading_shown():
             if resume is not None:
                 run = api.resume(
-                    resume, on_round=bar.row, on_step=bar.step, on_ready=ready, say=_quiet
+                    resume,
+                    workers=workers,
+                    on_round=bar.row,
+                    on_step=bar.step,
+                    on_ready=ready,
+                    say=_quiet,
                 )
             else:
                 run = api.simulate(
-                    job=_layers(job, settings), out=out, force=force, on_round=bar.row, on_step=bar.step,
-                    on_ready=ready, say=_quiet,
+                    job=_layers(job, settings), out=out, force=force, workers=workers, on_round=bar.row,
+                    on_step=bar.step, on_ready=ready, say=_quiet,
                 )  # fmt: skip
     except (KeyboardInterrupt, FedcoreError, OSError) as error:
         for line in _what_is_left(directory[0], error) if directory else []:

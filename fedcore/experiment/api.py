@@ -6,7 +6,7 @@ forks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Unpack
 
@@ -15,6 +15,7 @@ from fedcore.config import Job, Settings, read_job_file
 from fedcore.config.unsupported import refuse_split, refuse_unsupported
 from fedcore.errors import BadInput
 from fedcore.experiment.comparison import OnCell, OnSplitStep, SplitGrid, finish, is_unfinished
+from fedcore.experiment.environment import usable_cores
 from fedcore.experiment.loop import OnRound, OnStep, RunWriter, run_experiment
 from fedcore.experiment.outcome import in_folder
 from fedcore.experiment.prepare import Prepared, job_for, prepare, stored_job
@@ -36,6 +37,7 @@ def simulate(
     job: str | Path | Layers | None = None,
     out: str | Path | None = None,
     force: bool = False,
+    workers: int | None = None,
     on_round: OnRound | None = None,
     on_step: OnStep | None = None,
     on_ready: OnReady | None = None,
@@ -49,12 +51,15 @@ def simulate(
     job: a job file, a folder with job.toml in it, or mappings with the keys of one, later ones winning.
     settings: any key of a job (`config.Settings`), e.g. `rounds=20`, `seed=0`, `protection="plain"`, `lr=0.1`.
     out: a new directory; without it, the next runs/<task>-<protection>-<nnn>/. force: replace a former run there.
+    workers: processes, each with one torch thread, that train and score the sites; it needs `sum="exact"`. Their number
+    changes no bit of the result. Without it this process does everything.
     on_round: called with every row; return `fedcore.STOP` to end after this round. on_step: called before each round
     of an arm, with what comes. on_ready: called with the prepared job and the directory before round 1.
     say: called with a line for each step of the set-up.
     Raises FedcoreError (see `fedcore/errors.py`); nothing is written for bad input.
     """
     prepared = prepare(*_job(task, sites, job, settings), say)
+    _use(prepared, workers)
     name = f"{prepared.task.name}-{prepared.plan.protection}"
     with new_directory(name, Path(out) if out else None, force=force) as directory:
         writer = RunWriter(directory, prepared)
@@ -68,6 +73,7 @@ def resume(
     directory: str | Path,
     *,
     task: Task | None = None,
+    workers: int | None = None,
     on_round: OnRound | None = None,
     on_step: OnStep | None = None,
     on_ready: OnReady | None = None,
@@ -75,16 +81,18 @@ def resume(
 ) -> Run:
     """Go on with an interrupted run after its last whole round, to the same bits.
 
-    task: needed where the run's task was made in a notebook. Raises BadInput for any other directory.
+    task: needed where the run's task was made in a notebook. workers: as in `simulate`. Raises BadInput for any other
+    directory.
     """
     path = Path(directory)
     with held(path) if path.is_dir() else nullcontext():
-        return _resume(path, task, on_round, on_step, on_ready, say)
+        return _resume(path, task, workers, on_round, on_step, on_ready, say)
 
 
 def _resume(
     path: Path,
     task: Task | None,
+    workers: int | None,
     on_round: OnRound | None,
     on_step: OnStep | None,
     on_ready: OnReady | None,
@@ -108,9 +116,24 @@ def _resume(
             remedy="a new run with fewer absences: the same settings would end the same way",
         )
     prepared = prepare(*job_for(task, stored), say)
+    _use(prepared, workers)
     if on_ready is not None:
         on_ready(prepared, path)
     return _run(prepared, RunWriter(path, prepared), on_round, on_step, resume=True)
+
+
+def _use(prepared: Prepared, workers: int | None) -> None:
+    """Raises BadInput where the job's sites cannot be trained by other processes."""
+    if workers is None:
+        return
+    if workers < 1:
+        raise BadInput(f"workers: found {workers}, expected 1 or more")
+    prepared.federation.use_workers(workers)
+    if workers > (cores := usable_cores()):
+        prepared.findings = [
+            *prepared.findings,
+            (f"{workers} workers take turns on {cores} cores", f"--workers {cores}"),
+        ]
 
 
 def _job(
@@ -140,7 +163,10 @@ def _run(
     resume: bool,
 ) -> Run:
     directory = writer.directory
-    experiment, result = run_experiment(prepared, writer, on_round, on_step=on_step, resume=resume)
+    with closing(prepared.federation):
+        experiment, result = run_experiment(
+            prepared, writer, on_round, on_step=on_step, resume=resume
+        )
     writer.finish(experiment, in_folder(result, directory))
     report.write(directory)
     return Run(directory, prepared.task)

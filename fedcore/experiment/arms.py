@@ -253,7 +253,7 @@ class Federated:
 
     def evaluate(self, round_: int) -> Scoring:
         # What the sites computed for their vectors is used again (`SiteTrainer.scored`).
-        return [site.scored(self.state, round_) for site in self.federation.sites]
+        return self.federation.executor.scores(self.federation.sites, self.state, round_)
 
     def validate(self, round_: int) -> Scoring:
         return score_shared(self._prepared, self.state, round_, self._own, validation=True)

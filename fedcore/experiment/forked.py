@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fedcore.errors import EXIT_INTERRUPTED, BadInput
 
@@ -129,19 +129,35 @@ def _start(
     others: Sequence[Connection[object, M | _Ended]],
 ) -> _Running[J, M]:
     """Fork a process for the job. others: of the processes that run already, whose pipes it must not keep open."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_work, args=(job, work, theirs, [ours, *others], os.getpid()), name=f"fedcore {job}"
-    )
+    ours, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
+    try:
+        about = job, work, theirs, [ours, *others], os.getpid()
+        return _Running(job, forked(_work, about, f"fedcore {job}"), ours)
+    finally:
+        theirs.close()
+
+
+def forked(target: Callable[..., object], about: tuple[Any, ...], name: str) -> ForkProcess:
+    """A started process that calls `target(*about)`, which begins with `settle`."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=about, name=name)
     # A Ctrl-C between the fork and the child's first line would end the child with a traceback.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-    return _Running(job, process, ours)
+    return process
+
+
+def settle(others: Iterable[Connection[Any, Any]]) -> None:
+    """The first lines of a forked process. others: the pipes of other processes, which it must not keep open."""
+    # A garbage collection that goes through what is inherited copies its memory, page by page.
+    gc.freeze()
+    # The terminal sends Ctrl-C to every process of the command; the parent then kills this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for other in others:
+        other.close()
 
 
 def _work(
@@ -152,13 +168,7 @@ def _work(
     parent: int,
 ) -> None:
     """The whole life of a forked process."""
-    # A garbage collection that goes through what is inherited copies its memory, page by page.
-    gc.freeze()
-    # The terminal sends Ctrl-C to every process of the command; the parent then kills this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    for other in others:
-        other.close()
+    settle(others)
 
     def send(message: M | _Ended) -> None:
         if os.getppid() != parent:
@@ -169,11 +179,11 @@ def _work(
     try:
         work(job, send)
     except BaseException as raised:  # noqa: BLE001 - it is raised again in the parent
-        error = _portable(raised, job)
+        error = portable(raised, job)
     send(_Ended(error))
 
 
-def _portable(error: BaseException, job: object) -> BaseException:
+def portable(error: BaseException, job: object) -> BaseException:
     """The error itself if it can be pickled, with the traceback that it had in this process as a note."""
     lines = "".join(traceback.format_exception(error))
     try:

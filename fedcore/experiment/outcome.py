@@ -156,7 +156,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
         origin=Origin(environment(), started.strftime("%Y-%m-%dT%H:%M:%SZ")),
         protected=protected,
         sum=None if prepared.federation.engine.as_planned else job.run.sum,
-        executor=chosen.to_json() if (chosen := prepared.federation.choice) is not None else None,
+        executor=prepared.federation.about_executor,
     )
     capped = [one.note for one in prepared.loaded if one.note]
     found = [f"{text[:1].upper()}{text[1:]} (hint: {hint})." for text, hint in prepared.findings]

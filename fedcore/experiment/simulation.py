@@ -13,7 +13,8 @@ Nothing here depends on the other arms; `experiment/arms.py` runs them as well.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedcore.errors import RoundAbandoned
+from fedcore.errors import BadInput, RoundAbandoned
+from fedcore.experiment.workers import Workers, refusal
 from fedcore.learning.executor import Choice, Executor, Sequential, choose
 from fedcore.learning.guard import Guard, judge_all
 from fedcore.learning.site import SiteTrainer
@@ -26,9 +27,9 @@ from fedcore.secagg.plan import RoundPlan
 from fedcore.secagg.protocol.absences import STAGES, Absence, Absences, earliest
 from fedcore.secagg.protocol.schedule import PlannedRound, first_step, released_round, step_after
 from fedcore.secagg.purposes import Purpose, purpose_of
-from fedcore.secagg.summing import ProtectedTotal, RoundTrace, SumEngine, sites_of
+from fedcore.secagg.summing import ExactSum, ProtectedTotal, RoundTrace, SumEngine, sites_of
 from fedcore.seeds import generator
-from fedcore.types import Contribution, FloatVector, SiteId
+from fedcore.types import Contribution, FloatVector, Json, SiteId
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Federation:
         self.leaving, self.watch, self.allow_few_sites = leaving, watch, allow_few_sites
         self.executor: Executor = Sequential()
         self.choice: Choice | None = None
+        self.workers: Workers | None = None
         self.columns = sites[0].columns
         self.state = JobState.initial(plan, initial)
         self.step: PlannedRound | None = first_step(plan, len(self.columns))
@@ -99,6 +101,29 @@ class Federation:
         self.choice = choose(wanted, self.sites, self.plan, self.state)
         if self.choice is not None:
             self.executor = self.choice.executor
+
+    def use_workers(self, count: int) -> None:
+        """Train and score the sites in so many processes from now on. Raises BadInput where that cannot be."""
+        job = self.sites[0].job
+        exact = isinstance(self.engine, ExactSum)
+        app = self.sites[0].task.app is not None
+        if why := refusal(self.plan, job.run.device, exact=exact, app=app):
+            raise BadInput(f"workers: found {count}, but {why}")
+        self.workers = Workers(self.executor, self.sites, self.plan, count)
+        self.executor = self.workers
+
+    def close(self) -> None:
+        """End the processes of `use_workers`."""
+        if self.workers is not None:
+            self.workers.close()
+
+    @property
+    def about_executor(self) -> Json | None:
+        """As `result.json` has it; None where one process trains the sites one after the other."""
+        chosen = None if self.choice is None else self.choice.to_json()
+        if self.workers is None:
+            return chosen
+        return (chosen or {"name": "sequential"}) | {"workers": self.workers.count}
 
     @property
     def purpose(self) -> Purpose | None:

@@ -18,6 +18,7 @@ from fedcore.errors import BadInput, FedcoreError
 from fedcore.learning.batched import LastModule, Updates, chunk_size, obstacle, train_many
 from fedcore.learning.encoded import encodes_together, together, update_sum
 from fedcore.learning.local_round import TrainedAhead
+from fedcore.learning.scoring import Scored
 from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
 from fedcore.secagg.encode.partial import PartialSum
@@ -57,6 +58,12 @@ class Executor(Protocol):
         """The same contributions, added up some at a time."""
         ...
 
+    def scores(
+        self, sites: Sequence[SiteTrainer], state: JobState, round_: int
+    ) -> list[Scored | None]:
+        """`SiteTrainer.scored` of each site, in their order."""
+        ...
+
 
 class Sequential:
     """One site after the other, in this process."""
@@ -83,6 +90,11 @@ class Sequential:
         ready = self.ready(sites, plan, state, step.training_round)
         while some := list(islice(ready, together(plan))):
             yield update_sum(some, plan, step, state)
+
+    def scores(
+        self, sites: Sequence[SiteTrainer], state: JobState, round_: int
+    ) -> list[Scored | None]:
+        return [site.scored(state, round_) for site in sites]
 
 
 class Batched(Sequential):

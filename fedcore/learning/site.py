@@ -385,6 +385,10 @@ class SiteTrainer:
             self._scored = state.server, round_, found
         return found
 
+    def keep_scored(self, state: JobState, round_: int, found: Scored | None) -> None:
+        """What `scored` gives, found by another process."""
+        self._scored = state.server, round_, found
+
     def kept_at(self, state: JobState) -> Values:
         """What this site has kept, as a state has it."""
         return self.kept.at(state.summed.get(self.site.id, 0))
