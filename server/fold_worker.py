@@ -34,7 +34,7 @@ def chunk_slots(packing: Packing) -> int:
     """Slots of a whole chunk."""
     if packing.ring is None:
         return words.SLOTS_PER_CHUNK
-    from fedcore.secagg.crypto.bfv import BLOCKS_PER_CHUNK
+    from fedcore.secagg.crypto.bfv_chunks import BLOCKS_PER_CHUNK
 
     return BLOCKS_PER_CHUNK * packing.ring.degree
 

@@ -143,7 +143,7 @@ def ciphertext_as_slots(packing: Packing, upload: Sequence[bytes], blocks: int) 
     All that depends on the slots is in those words, and a ciphertext whose key is 0 reads as its
     slots this way (`words = slots * q / t + noise`). blocks: ciphertexts of the vector.
     """
-    from fedcore.secagg.crypto.bfv import BLOCKS_PER_CHUNK
+    from fedcore.secagg.crypto.bfv_chunks import BLOCKS_PER_CHUNK
 
     ring, bits = packing.ring, packing.slot_bits
     assert ring is not None

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from fedcore.secagg.crypto import bfv
-
-SEEDED, FULL = 1, 2
-"""Kinds of a chunk: an upload's, of which each c1 is a seed; a sum's, of two polynomials a ciphertext."""
+from fedcore.secagg.crypto import bfv_chunks
+from fedcore.secagg.crypto.bfv_chunks import FULL
 
 
 def read_chunk(public, kind, chunk, count=1):
     """The seeds and words (count, kind * N) of the chunk at ciphertext 0, checked as the product does."""
-    seeds, words = bfv._read_chunk(public, kind, chunk, 0, count)
+    seeds, words = bfv_chunks.read_chunk(public, kind, chunk, 0, count)
     return SimpleNamespace(seeds=seeds, words=words)
 
 
 def write_chunk(public, kind, words, seeds=()):
     """The bytes of the chunk at ciphertext 0 with these words, of whatever shape."""
-    return bfv._write_chunk(public, kind, 0, list(seeds), words.reshape(-1))
+    return bfv_chunks.write_chunk(public, kind, 0, list(seeds), words.reshape(-1))
 
 
 def tampered(public, chunk, count, block, coefficient, delta):

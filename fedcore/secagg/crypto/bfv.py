@@ -28,16 +28,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcore.errors import BadInput, ChunkRefused, EnvelopeRefused, PlanRefused, Unavailable
+from fedcore.errors import ChunkRefused, EnvelopeRefused, PlanRefused, Unavailable
 from fedcore.secagg.crypto import check_removal
+from fedcore.secagg.crypto.bfv_chunks import (
+    BLOCKS_PER_CHUNK,
+    FULL,
+    SEED_BYTES,
+    SEEDED,
+    blocks_of,
+    places,
+    read_chunk,
+    read_summed,
+    seeds_are_shorter,
+    write_chunk,
+    write_summed,
+)
 from fedcore.secagg.crypto.secret import Secret
 from fedcore.secagg.crypto.sumtag import GROUP_SECRET_BYTES, GroupSecret
-from fedcore.secagg.encode.bitpack import Words, pack_words, packed_size, unpack_words
+from fedcore.secagg.encode.bitpack import Words
 from fedcore.secagg.packing import RINGS, SEAL_PLAIN_MODULUS_BITS, Packing, Ring
 from fedcore.types import Json, Slots
-
-BLOCKS_PER_CHUNK = 64
-"""Ciphertexts in one chunk: about 0.9 MB up at N = 2048, and large runs for the bit packing."""
 
 MOST_AHEAD = 1024
 """Encryptions of zero that a site makes ahead: 16 MiB of memory at N = 2048, the vector of four million parameters."""
@@ -50,16 +60,6 @@ _CIPHERTEXT_SIZES = 73
 """Its first bytes: level, form, sizes and scale; SEAL's version comes after them."""
 _SEED_BLOCK = 81
 """The seed of a seeded ciphertext: an inner header (16), the generator's type (1), the seed (64)."""
-
-_CHUNK_HEADER = struct.Struct("<4sBBH8sI")
-_MAGIC = b"FCB1"
-_SEEDED, _FULL, _SUMMED = 1, 2, 3
-"""Kinds of chunks: of an upload; of a sum, with the words of both polynomials (the number of polynomials of these two
-is their kind); of a sum, with the summands' seeds in place of the second polynomial."""
-_MOST_SEEDS = 255
-"""Summands that the header of a chunk can count."""
-_SEED_BYTES = 65
-"""Bytes of the seed block that travel: the generator's type and the seed itself."""
 
 
 def load_seal() -> Any:
@@ -206,7 +206,7 @@ class PublicContext:
         """The bytes before the words of a ciphertext that carries one (seeded) or two polynomials, by kind."""
         level = struct.pack("<4Q", *self.seal.first_parms_id())
         sizes = struct.pack("<BQQQdQ", 0, 2, self.ring.degree, 1, 1.0, 1)
-        words = {kind: kind * self.ring.degree for kind in (_SEEDED, _FULL)}
+        words = {kind: kind * self.ring.degree for kind in (SEEDED, FULL)}
         return {
             kind: level + sizes + _seal_header(24 + 8 * count) + struct.pack("<Q", count)
             for kind, count in words.items()
@@ -277,123 +277,6 @@ def _key_prefix(public: PublicContext) -> bytes:
     return level + sizes + _seal_header(24 + 8 * degree) + struct.pack("<Q", degree)
 
 
-def chunk_size(ring: Ring, kind: int, count: int) -> int:
-    """Bytes of a chunk of `count` ciphertexts: a pure function, so any other size is refused."""
-    seeds = _SEED_BYTES * count if kind == _SEEDED else 0
-    words = count * kind * ring.degree
-    return _CHUNK_HEADER.size + seeds + packed_size(words, ring.modulus_bits)
-
-
-def vector_size(ring: Ring, blocks: int, kind: int) -> int:
-    """Bytes of all chunks of a vector of `blocks` ciphertexts; kind 1 is an upload, 2 a sum of two polynomials."""
-    return sum(chunk_size(ring, kind, count) for _, count in _counts(blocks))
-
-
-def sum_size(ring: Ring, blocks: int, sites: int) -> int:
-    """Bytes of all chunks of a sum of so many sites: with their seeds where it is one chunk and that is shorter."""
-    if blocks <= BLOCKS_PER_CHUNK and _seeds_are_shorter(ring, sites):
-        return _summed_size(ring, blocks, sites)
-    return vector_size(ring, blocks, _FULL)
-
-
-def _seeds_are_shorter(ring: Ring, summands: int) -> bool:
-    """Whether so many seeds are fewer bytes than the words of a polynomial."""
-    short = _SEED_BYTES * summands < packed_size(ring.degree, ring.modulus_bits)
-    return summands <= _MOST_SEEDS and short
-
-
-def _summed_size(ring: Ring, count: int, summands: int) -> int:
-    """Bytes of a chunk of `count` summed ciphertexts, with the seeds of so many summands each."""
-    return _CHUNK_HEADER.size + count * (
-        _SEED_BYTES * summands + packed_size(ring.degree, ring.modulus_bits)
-    )
-
-
-def _write_chunk(
-    public: PublicContext, kind: int, first: int, seeds: list[bytes], words: Words
-) -> bytes:
-    count = len(words) // (public.ring.degree * kind)
-    header = _CHUNK_HEADER.pack(_MAGIC, kind, 0, count, public.digest, first)
-    return header + b"".join(seeds) + pack_words(words, public.ring.modulus_bits)
-
-
-def _write_summed(public: PublicContext, seeds: Sequence[Sequence[bytes]], words: Words) -> bytes:
-    """A sum's only chunk: the seeds of all summands of each ciphertext, and the words of the first polynomials."""
-    header = _CHUNK_HEADER.pack(_MAGIC, _SUMMED, len(seeds[0]), len(seeds), public.digest, 0)
-    flat = b"".join(seed for each in seeds for seed in each)
-    return header + flat + pack_words(words, public.ring.modulus_bits)
-
-
-def _read_summed(
-    public: PublicContext, chunk: bytes, count: int
-) -> tuple[NDArray[np.uint8], Words] | None:
-    """The seeds (count, summands, 65) and first polynomials (count, N) of a sum's only chunk; None for one of another
-    kind. Raises ChunkRefused."""
-    if len(chunk) < _CHUNK_HEADER.size:
-        return None
-    magic, kind, summands, found, digest, first = _CHUNK_HEADER.unpack_from(chunk)
-    if (magic, kind) != (_MAGIC, _SUMMED):
-        return None
-    ring, place = public.ring, _CHUNK_HEADER.size
-    if (found, digest, first) != (count, public.digest, 0) or not summands:
-        raise ChunkRefused("sum: found a chunk of other ciphertexts or parameters")
-    if len(chunk) != _summed_size(ring, count, summands):
-        expected = _summed_size(ring, count, summands)
-        raise ChunkRefused(f"sum: found {len(chunk)} bytes, expected {expected}")
-    seeds = np.frombuffer(chunk, np.uint8, _SEED_BYTES * summands * count, place)
-    words = unpack_words(
-        memoryview(chunk)[place + len(seeds) :], ring.modulus_bits, count * ring.degree
-    )
-    if (words >= ring.modulus).any():
-        raise ChunkRefused("sum: a coefficient is not below the modulus")
-    return seeds.reshape(count, summands, _SEED_BYTES), words.reshape(count, -1)
-
-
-def _read_chunk(
-    public: PublicContext, kind: int, chunk: bytes, first: int, count: int
-) -> tuple[NDArray[np.uint8], Words]:
-    """The seeds (count, 65), none when full, and words (count, polynomials * N) of a chunk, checked before
-    SEAL reads it. Raises ChunkRefused."""
-    expected = chunk_size(public.ring, kind, count)
-    if len(chunk) != expected:
-        raise ChunkRefused(
-            f"chunk at ciphertext {first}: found {len(chunk)} bytes, expected {expected}"
-        )
-    magic, found_kind, zero, found_count, digest, found_first = _CHUNK_HEADER.unpack_from(chunk)
-    if (magic, zero) != (_MAGIC, 0):
-        raise ChunkRefused(f"chunk at ciphertext {first}: it is not a Fedcore ciphertext chunk")
-    if digest != public.digest:
-        raise ChunkRefused(
-            f"chunk at ciphertext {first}: it was made under other encryption parameters",
-            remedy="compare the plan digests of both sides",
-        )
-    if (found_kind, found_count, found_first) != (kind, count, first):
-        raise ChunkRefused(
-            f"chunk at ciphertext {first}: found kind {found_kind} with {found_count} ciphertexts at "
-            f"{found_first}, expected kind {kind} with {count} at {first}"
-        )
-    place = _CHUNK_HEADER.size
-    seeds = np.frombuffer(chunk, np.uint8, _SEED_BYTES * count if kind == _SEEDED else 0, place)
-    packed, length = memoryview(chunk)[place + len(seeds) :], count * public.ring.degree * kind
-    words = unpack_words(packed, public.ring.modulus_bits, length)
-    if (words >= public.ring.modulus).any():
-        raise ChunkRefused(f"chunk at ciphertext {first}: a coefficient is not below the modulus")
-    return seeds.reshape(-1, _SEED_BYTES), words.reshape(count, -1)
-
-
-def _blocks(ring: Ring, slots: int) -> int:
-    """The number of ciphertexts of a vector. Raises BadInput unless `slots` is a multiple of N."""
-    if slots % ring.degree:
-        raise BadInput(f"vector: found {slots} slots, expected a multiple of {ring.degree}")
-    return slots // ring.degree
-
-
-def _counts(blocks: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of each chunk of a vector of `blocks` ciphertexts."""
-    for first in range(0, blocks, BLOCKS_PER_CHUNK):
-        yield first, min(BLOCKS_PER_CHUNK, blocks - first)
-
-
 class EncryptedSealer:
     """The site's side of `encrypted` and `layered`: fresh seeded ciphertexts up, decrypted sums down.
 
@@ -410,7 +293,7 @@ class EncryptedSealer:
     def prepare(self, slots: int, most: int = MOST_AHEAD) -> None:
         """Encrypt zeros for a vector of so many slots, `most` ciphertexts in all, while nothing else is to be done:
         `protect` adds the slots to them. Each is used for one ciphertext of one vector."""
-        blocks = min(_blocks(self._public.ring, slots), most)
+        blocks = min(blocks_of(self._public.ring, slots), most)
         while len(self._ahead) < blocks:
             self._ahead.append(self._encrypted_zero())
 
@@ -422,7 +305,7 @@ class EncryptedSealer:
         """
         self._courier.refuse_forked()
         degree = self._public.ring.degree
-        for first, count in _counts(_blocks(self._public.ring, len(slots))):
+        for first, count in places(blocks_of(self._public.ring, len(slots))):
             words = np.empty((count, degree), dtype=np.uint64)
             seeds = []
             for row in range(count):
@@ -430,32 +313,32 @@ class EncryptedSealer:
                 seeds.append(seed)
             flat = words.reshape(-1)
             _add_scaled(self._public, flat, slots[first * degree : (first + count) * degree])
-            yield _write_chunk(self._public, _SEEDED, first, seeds, flat)
+            yield write_chunk(self._public, SEEDED, first, seeds, flat)
 
     def _encrypted_zero(self) -> tuple[Words, bytes]:
         """The words of the first polynomial, and the seed of the second, of a fresh encryption of zero."""
         body = self._courier.take(self._secret.encryptor.encrypt_symmetric(self._zero))
-        return _words_of(self._public, _SEEDED, body), body[-_SEED_BYTES:]
+        return _words_of(self._public, SEEDED, body), body[-SEED_BYTES:]
 
     def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
         total = np.zeros(slots, dtype=np.uint64)
-        places = list(_counts(_blocks(self._public.ring, slots)))
+        awaited = list(places(blocks_of(self._public.ring, slots)))
         rows, received = total.reshape(-1, self._public.ring.degree), 0
         for received, chunk in enumerate(chunks, start=1):
-            if received > len(places):
-                raise ChunkRefused(f"sum: found more than the expected {len(places)} chunks")
-            first, count = places[received - 1]
-            summed = _read_summed(self._public, chunk, count) if len(places) == 1 else None
+            if received > len(awaited):
+                raise ChunkRefused(f"sum: found more than the expected {len(awaited)} chunks")
+            first, count = awaited[received - 1]
+            summed = read_summed(self._public, chunk, count) if len(awaited) == 1 else None
             if summed is not None:
                 for row, (seeds, polynomial) in enumerate(zip(*summed, strict=True)):
                     self._decrypt(self._summed(seeds, polynomial), rows[row])
                 continue
-            _, words = _read_chunk(self._public, _FULL, chunk, first, count)
+            _, words = read_chunk(self._public, FULL, chunk, first, count)
             for row in range(count):
                 tail = words[row].astype("<u8").tobytes()
-                self._decrypt(_load(self._courier, self._public, _FULL, tail), rows[first + row])
-        if received != len(places):
-            raise ChunkRefused(f"sum: found {received} chunks, expected {len(places)}")
+                self._decrypt(_load(self._courier, self._public, FULL, tail), rows[first + row])
+        if received != len(awaited):
+            raise ChunkRefused(f"sum: found {received} chunks, expected {len(awaited)}")
         return total
 
     def _summed(self, seeds: NDArray[np.uint8], words: Words) -> Any:
@@ -531,7 +414,7 @@ def _load_seeded(
 ) -> Any:
     """A ciphertext of these words and what the seed expands to."""
     tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed_block.tobytes()
-    return _load(courier, public, _SEEDED, tail)
+    return _load(courier, public, SEEDED, tail)
 
 
 class EncryptedFold:
@@ -554,7 +437,7 @@ class EncryptedFold:
     ) -> None:
         self._public, self._first = public, first_chunk * BLOCKS_PER_CHUNK
         self._courier = courier or Courier()
-        self._blocks = _blocks(public.ring, slots)
+        self._blocks = blocks_of(public.ring, slots)
         self._evaluator = public.api.Evaluator(public.seal)
         self._total: list[Any] = [None] * self._blocks
         self._seeds: list[list[bytes]] | None = [[] for _ in self._total] if seeds else None
@@ -571,7 +454,7 @@ class EncryptedFold:
                 f"chunk {index}: expected chunks {lowest} to "
                 f"{lowest + (self._blocks - 1) // BLOCKS_PER_CHUNK}"
             )
-        seeds, words = _read_chunk(self._public, _SEEDED, chunk, self._first + first, count)
+        seeds, words = read_chunk(self._public, SEEDED, chunk, self._first + first, count)
         found = [
             _load_seeded(self._courier, self._public, word, seed)
             for word, seed in zip(words, seeds, strict=True)
@@ -620,20 +503,20 @@ class EncryptedFold:
         self._refuse_gaps()
         degree = self._public.ring.degree
         summands = {len(each) for each in self._seeds or ()}
-        if self._seeds is not None and _seeds_are_shorter(self._public.ring, max(summands)):
+        if self._seeds is not None and seeds_are_shorter(self._public.ring, max(summands)):
             if len(summands) > 1:
                 raise ChunkRefused("sum: its ciphertexts are of different numbers of vectors")
             bodies = (self._courier.take(each) for each in self._total)
-            rows = [_words_of(self._public, _FULL, body)[:degree] for body in bodies]
+            rows = [_words_of(self._public, FULL, body)[:degree] for body in bodies]
             in_order = list(map(sorted, self._seeds))  # the same bytes, whatever was folded first
-            yield _write_summed(self._public, in_order, np.concatenate(rows))
+            yield write_summed(self._public, in_order, np.concatenate(rows))
             return
-        for first, count in _counts(self._blocks):
+        for first, count in places(self._blocks):
             words = np.empty((count, 2 * degree), dtype=np.uint64)
             for row in range(count):
                 body = self._courier.take(self._total[first + row])
-                words[row] = _words_of(self._public, _FULL, body)
-            yield _write_chunk(self._public, _FULL, self._first + first, [], words.reshape(-1))
+                words[row] = _words_of(self._public, FULL, body)
+            yield write_chunk(self._public, FULL, self._first + first, [], words.reshape(-1))
 
 
 def self_test() -> Json:

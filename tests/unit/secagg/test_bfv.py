@@ -18,21 +18,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.chunks import FULL, SEEDED, read_chunk, write_chunk
+from support.chunks import read_chunk, write_chunk
 
 from fedcore.errors import BadInput, ChunkRefused, EnvelopeRefused, PlanRefused, Unavailable
-from fedcore.secagg.crypto import bfv
+from fedcore.secagg.crypto import bfv, bfv_chunks
 from fedcore.secagg.crypto.bfv import (
     Courier,
     EncryptedFold,
     EncryptedSealer,
     PublicContext,
     SecretContext,
-    chunk_size,
     load_seal,
     self_test,
-    vector_size,
 )
+from fedcore.secagg.crypto.bfv_chunks import FULL, SEEDED, chunk_size, sum_size, vector_size
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.packing import RINGS, Packing, Ring, field_width, solve_packing
 from fedcore.secagg.plan import VectorSpec
@@ -131,7 +130,12 @@ def test_every_coefficient_of_the_ring_survives(ring, slot_bits):
 @pytest.fixture
 def blocks_per_chunk(monkeypatch):
     """blocks_per_chunk(n): chunks are so short that a small vector has several."""
-    return lambda count: monkeypatch.setattr(bfv, "BLOCKS_PER_CHUNK", count)
+
+    def change(count):
+        for module in (bfv, bfv_chunks):
+            monkeypatch.setattr(module, "BLOCKS_PER_CHUNK", count)
+
+    return change
 
 
 def test_vectors_of_several_chunks(blocks_per_chunk):
@@ -268,13 +272,13 @@ def test_a_sum_with_the_summands_seeds_opens_to_the_same_slots_in_fewer_bytes(ri
     (full,), (short,) = sums
     assert (
         len(short)
-        == bfv.sum_size(ring, blocks, 4)
+        == sum_size(ring, blocks, 4)
         == len(full) - blocks * (ring.degree * ring.modulus_bits // 8 - 4 * 65)
     )
     expected = (rows.sum(axis=0) - mask) % np.uint64(2**40)
     for chunk in (full, short):
         assert (sealer.open([chunk], size) == expected).all()
-    seeds, words = bfv._read_summed(public, short, blocks)
+    seeds, words = bfv_chunks.read_summed(public, short, blocks)
     for row in range(blocks):
         summed = bfv._words_of(public, FULL, Courier().take(sealer._summed(seeds[row], words[row])))
         assert summed.tolist() == read_chunk(public, FULL, full, blocks).words[row].tolist()
@@ -288,10 +292,10 @@ def test_seeds_are_sent_only_where_they_are_shorter_and_the_vector_is_one_chunk(
         for _ in range(sites):
             fold.add(0, upload)
         (total,) = fold.total()
-        assert len(total) == bfv.sum_size(SMALL, 1, sites)
+        assert len(total) == sum_size(SMALL, 1, sites)
         assert (len(total) < vector_size(SMALL, 1, 2)) == short
     blocks_per_chunk(2)
-    assert bfv.sum_size(SMALL, 3, 4) == vector_size(SMALL, 3, 2)
+    assert sum_size(SMALL, 3, 4) == vector_size(SMALL, 3, 2)
 
 
 def test_a_sum_with_seeds_that_is_cut_changed_or_of_other_parameters_is_refused():

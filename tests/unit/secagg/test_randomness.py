@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.chunks import SEEDED, read_chunk
+from support.chunks import read_chunk
 
 import fedcore
 from fedcore.secagg.crypto.bfv import EncryptedSealer, PublicContext, SecretContext
+from fedcore.secagg.crypto.bfv_chunks import SEEDED
 from fedcore.secagg.crypto.sumtag import GroupSecret
 from fedcore.secagg.packing import RINGS
 from fedcore.seeds import derive_seed, generator

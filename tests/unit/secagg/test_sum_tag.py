@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
-from support.chunks import FULL, read_chunk, tampered
+from support.chunks import read_chunk, tampered
 
 from fedcore.errors import EnvelopeRefused, TagRefused
 from fedcore.secagg.crypto import sumtag
 from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
+from fedcore.secagg.crypto.bfv_chunks import FULL
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks, mask_sum
 from fedcore.secagg.crypto.sumtag import PRIME, GroupSecret, SumTag, key_id, state_tag

@@ -21,12 +21,12 @@ from fedcore_server.folding import FoldPool
 
 from fedcore.errors import BadInput, ChunkRefused, StoreFull, StoreProblem
 from fedcore.secagg.crypto.bfv import (
-    BLOCKS_PER_CHUNK,
     EncryptedFold,
     EncryptedSealer,
     PublicContext,
     SecretContext,
 )
+from fedcore.secagg.crypto.bfv_chunks import BLOCKS_PER_CHUNK
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks, mask_sum
 from fedcore.secagg.crypto.secret import SecretBytes
