@@ -282,9 +282,7 @@ class JobWork:
         while self._parts.rounds.awaits_upload(submit.header):
             with contextlib.suppress(Offline):
                 await self.link.upload(self.id, submit.header, submit.digest, source)
-                if (
-                    2 * submit.size > INLINE
-                ):  # a sum is at most twice as long; a small one comes unasked
+                if 2 * submit.size > INLINE:  # the sum of small vectors comes unasked
                     self.link.expect_sum(self.id, submit.header)
                 self.link.doing(self.id, "waiting")
                 return

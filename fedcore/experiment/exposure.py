@@ -129,7 +129,7 @@ def _uploads(
     upload, rebuilt = trace.upload, trace.masks_among(trace.rebuilt_masks)
     either = (*trace.masks_among(trace.rebuilt_masks, trace.other_masks), *trace.stream)
     if packing.ring is not None:
-        coordinator = ciphertext_as_slots(packing, upload, layout.blocks)
+        coordinator = ciphertext_as_slots(packing, upload, layout.slots)
         together = _decrypt(packing, sealer, upload, layout)
     else:
         together = sealer.open(upload, layout.slots)
@@ -137,25 +137,25 @@ def _uploads(
     return coordinator, _unmask(together, either, packing)
 
 
-def ciphertext_as_slots(packing: Packing, upload: Sequence[bytes], blocks: int) -> Slots:
+def ciphertext_as_slots(packing: Packing, upload: Sequence[bytes], slots: int) -> Slots:
     """(S,) uint64: the words of the ciphertexts' first polynomials, scaled from mod q to mod t.
 
     All that depends on the slots is in those words, and a ciphertext whose key is 0 reads as its
-    slots this way (`words = slots * q / t + noise`). blocks: ciphertexts of the vector.
+    slots this way (`words = slots * q / t + noise`). slots: S.
     """
     from fedcore.secagg.crypto.bfv_chunks import BLOCKS_PER_CHUNK
 
     ring, bits = packing.ring, packing.slot_bits
     assert ring is not None
-    parts, left = [], blocks
+    parts, left = [], slots
     for chunk in upload:
-        count = min(BLOCKS_PER_CHUNK, left) * ring.degree
+        count = min(BLOCKS_PER_CHUNK * ring.degree, left)
         tail = memoryview(chunk)[-packed_size(count, ring.modulus_bits) :]
         # Python integers: a product of 60 by 52 bits fits no machine word.
         words = unpack_words(tail, ring.modulus_bits, count).astype(object)
         scaled = ((words << bits) + ring.modulus // 2) // ring.modulus
         parts.append((scaled & ((1 << bits) - 1)).astype(np.uint64))
-        left -= BLOCKS_PER_CHUNK
+        left -= count
     return np.concatenate(parts)
 
 

@@ -262,7 +262,7 @@ def gained(result: Result) -> list[str]:
 
 
 def per_site_and_round(result: Result) -> str:
-    """`13.9 kB per site and round (one ciphertext, 1 % used)`; bytes per parameter only where a
+    """`1.22 kB per site and round (one ciphertext, 1 % used)`; bytes per parameter only where a
     model fills its ciphertexts, since a ratio to a smaller model means nothing."""
     text = f"{phrases.size(result.cost.bytes_up)} per site and round"
     used, ciphertexts = result.cost.ciphertext_used, result.cost.ciphertexts

@@ -131,8 +131,8 @@ def solve_packing(
 ) -> Packing:
     """The cheapest packing that is proved, or a refusal that names the largest values that fit.
 
-    fields: how many a vector will hold; a small one is cheapest in a small ring, since a ciphertext
-    is never sent in part. Without it the price of a long vector decides.
+    fields: how many a vector will hold; a small one is cheapest in a small ring, since a ciphertext is
+    computed whole, however few of its slots are sent. Without it the price of a long vector decides.
     lattice: "wide" allows rings of degree 4096 and more only. BFV at N = 2048 with 54 bits of modulus is at
     the edge of SECURITY_TABLE (classical 128 bits); 4096 with 60 bits has 49 bits of modulus to spare.
     bits in [2, 24]; raises BadInput outside it, UnknownName for an unknown protection, cipher or lattice,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fedcore.errors import ReleaseRefused
 from fedcore.secagg.crypto import Sealer, UnmaskableFold, bfv
-from fedcore.secagg.crypto.bfv_chunks import BLOCKS_PER_CHUNK, sum_size, vector_size
+from fedcore.secagg.crypto.bfv_chunks import BLOCKS_PER_CHUNK, SEEDED, sum_size, vector_size
 from fedcore.secagg.crypto.entropy import Entropy
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
 from fedcore.secagg.crypto.masking import add_masks, draw_salt, stream_key
@@ -209,7 +209,7 @@ def vector_bytes(layout: Layout, sites: int) -> tuple[int, int]:
     if ring is None:
         size = packed_size(layout.slots, layout.packing.slot_bits)
         return size, size
-    return vector_size(ring, layout.blocks, 1), sum_size(ring, layout.blocks, sites)
+    return vector_size(ring, layout.slots, SEEDED), sum_size(ring, layout.slots, sites)
 
 
 def vector_sizes(plan: RoundPlan, features: int) -> dict[str, int]:

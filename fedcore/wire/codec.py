@@ -18,7 +18,7 @@ from fedcore import __version__
 from fedcore.errors import MalformedMessage, VersionRefused
 from fedcore.wire.limits import Limit, found
 
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 """Version of frames and calls. It is in field 1 of the first frame of a session and of every operator
 request, in every version, so that a refusal can name both versions."""
 

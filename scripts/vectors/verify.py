@@ -511,8 +511,13 @@ class Round:
 
     @cached_property
     def slots(self) -> int:
-        """One block holds this round's vector."""
-        return 2048
+        """As few as hold the data with one canary, and the tag, rounded up to a multiple of 8: one block holds them."""
+        packing, sites = self.plan["packing"], len(self.roster)
+        bits, rows = packing["bits"], packing["fields_per_slot"]
+        wide = sum(count * len(limbs(0, most, bits)) for _, count, most in self.wides)
+        fields = self.plan["parameters"] + wide + 2 * sites + 1
+        needed = -(-fields // rows) + len(limbs(0, 61, bits))
+        return -(-needed // 8) * 8
 
     @cached_property
     def tagged(self) -> int:

@@ -193,7 +193,7 @@ def test_the_screen_tells_what_a_person_asks(tmp_path):
     shown = " ".join(done.stdout.split())
     for part in (
         "centralised", "local only", "federated", "points lost", "protection", "cleveland",
-        "13.9 kB per site and round (one ciphertext", "report.html", "fedcore reproduce runs/heart-layered-001",
+        "3.92 kB per site and round (one ciphertext", "report.html", "fedcore reproduce runs/heart-layered-001",
     ):  # fmt: skip
         assert part in shown, part
 
@@ -329,7 +329,7 @@ def test_new_check_plan_simulate_report_runs_reproduce(tmp_path):
         "loss of one step",
         "no buffers",
         "headroom",
-        "13.9 kB up",
+        "4.19 kB up",
         "Protects against",
     ):
         assert part in checked[1], part

@@ -100,9 +100,9 @@ def tampering(monkeypatch, coefficient):
     def total(fold):
         fold._seeds = None  # the form of a sum in which any coefficient can be chosen
         (chunk,) = honest(fold)
-        public, blocks = fold._public, len(fold._total)
+        public, slots = fold._public, fold._slots
         delta = public.ring.modulus >> SLOT_BITS
-        return iter([tampered(public, chunk, blocks, -1, coefficient, delta)])
+        return iter([tampered(public, chunk, slots, -1, coefficient, delta)])
 
     monkeypatch.setattr(EncryptedFold, "total", total)
 

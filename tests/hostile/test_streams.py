@@ -230,7 +230,7 @@ def test_a_vector_altered_on_the_way_adds_to_the_sum_and_is_refused_by_the_tag(
 def test_every_refusal_is_alike_whatever_was_altered(protection, stand_in):
     """No oracle: which bit of the sum was changed does not show in what the sites say."""
     honest, spoken = MaskedFold.total, set()
-    for slot, bit in ((0, 0), (7, 3), (2040, 53), (1000, 20)):
+    for slot, bit in ((0, 0), (7, 3), (-5, 53), (-1, 20)):
 
         def total(fold, slot=slot, bit=bit):
             fold._total[slot] ^= np.uint64(1 << bit)

@@ -1,6 +1,6 @@
 """Slow, obvious versions of the fast paths: Python integers and loops, written from the documents alone.
 
-Nothing here calls the code it is compared with, except for sizes (`Layout.blocks`, `tag_slots`), and in
+Nothing here calls the code it is compared with, except for sizes (`Layout.data_fields`, `tag_slots`), and in
 the whole federation for seeds, splits and local training: they have tests of their own.
 """
 
@@ -62,10 +62,18 @@ def limbs(value: int, wide_bits: int, bits: int) -> list[int]:
     return digits
 
 
+def tagged_slots(layout: Layout) -> int:
+    """Slots before the tag, counted: as many as the data need, then more until all slots are a multiple of 8."""
+    slots = fields = 0
+    while fields < layout.data_fields:
+        fields += layout.packing.fields_per_slot - (slots % layout.packing.slots_per_block == 0)
+        slots += 1
+    return slots + -(slots + layout.tag_slots) % 8
+
+
 def places(layout: Layout) -> Iterator[tuple[int, int]]:
     """(slot, row) of data field 0, 1, 2, ...: row 0 skips canaries, no row enters the tag's slots."""
-    size = layout.packing.slots_per_block
-    end = layout.blocks * size - layout.tag_slots
+    size, end = layout.packing.slots_per_block, tagged_slots(layout)
     for row in range(layout.packing.fields_per_slot):
         for slot in range(end):
             if row > 0 or slot % size:
@@ -93,9 +101,10 @@ def data_fields(layout: Layout, coordinates: Sequence[int], wides: dict, site: i
 def pack(layout: Layout, coordinates: Sequence[int], wides: dict, site: int) -> list[int]:
     """One site's slots, field by field."""
     size, width = layout.packing.slots_per_block, layout.packing.field_width
-    slots = [0] * (layout.blocks * size)
-    for block in range(layout.blocks):
-        slots[block * size] = 2**layout.packing.bits - 1
+    end = tagged_slots(layout)
+    slots = [0] * (end + layout.tag_slots)
+    for first in range(0, end, size):
+        slots[first] = 2**layout.packing.bits - 1
     data = data_fields(layout, coordinates, wides, site)
     for (slot, row), value in zip(places(layout), data, strict=False):
         slots[slot] += value << (row * width)

@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from fedcore.errors import ChunkRefused, EnvelopeRefused, PlanRefused, Unavailable
 from fedcore.secagg.crypto import check_removal
 from fedcore.secagg.crypto.bfv_chunks import (
-    BLOCKS_PER_CHUNK,
     FULL,
     SEED_BYTES,
     SEEDED,
@@ -298,22 +297,23 @@ class EncryptedSealer:
             self._ahead.append(self._encrypted_zero())
 
     def protect(self, slots: Slots) -> Iterator[bytes]:
-        """(s,) uint64 below 2^slot_bits, s a multiple of N, to chunks of up to 64 ciphertexts.
+        """(s,) uint64 below 2^slot_bits, s a multiple of 8, to chunks of up to 64 ciphertexts.
 
         Raises Unavailable in a forked child: with the encryptions of zero that its parent has too, the difference of
         two ciphertexts would be that of two plaintexts.
         """
         self._courier.refuse_forked()
         degree = self._public.ring.degree
-        for first, count in places(blocks_of(self._public.ring, len(slots))):
-            words = np.empty((count, degree), dtype=np.uint64)
+        for place in places(self._public.ring, len(slots)):
+            words = np.empty((1, place.count, degree), dtype=np.uint64)
             seeds = []
-            for row in range(count):
-                words[row], seed = self._ahead.pop() if self._ahead else self._encrypted_zero()
+            for row in words[0]:
+                row[:], seed = self._ahead.pop() if self._ahead else self._encrypted_zero()
                 seeds.append(seed)
-            flat = words.reshape(-1)
-            _add_scaled(self._public, flat, slots[first * degree : (first + count) * degree])
-            yield write_chunk(self._public, SEEDED, first, seeds, flat)
+            start = place.first * degree
+            used = words.reshape(-1)[: place.slots]
+            _add_scaled(self._public, used, slots[start : start + place.slots])
+            yield write_chunk(self._public, SEEDED, place, seeds, words)
 
     def _encrypted_zero(self) -> tuple[Words, bytes]:
         """The words of the first polynomial, and the seed of the second, of a fresh encryption of zero."""
@@ -321,25 +321,25 @@ class EncryptedSealer:
         return _words_of(self._public, SEEDED, body), body[-SEED_BYTES:]
 
     def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
-        total = np.zeros(slots, dtype=np.uint64)
-        awaited = list(places(blocks_of(self._public.ring, slots)))
-        rows, received = total.reshape(-1, self._public.ring.degree), 0
+        awaited, received = places(self._public.ring, slots), 0
+        blocks, degree = blocks_of(self._public.ring, slots), self._public.ring.degree
+        rows = np.zeros((blocks, degree), dtype=np.uint64)
         for received, chunk in enumerate(chunks, start=1):
             if received > len(awaited):
                 raise ChunkRefused(f"sum: found more than the expected {len(awaited)} chunks")
-            first, count = awaited[received - 1]
-            summed = read_summed(self._public, chunk, count) if len(awaited) == 1 else None
+            place = awaited[received - 1]
+            summed = read_summed(self._public, chunk, place) if len(awaited) == 1 else None
             if summed is not None:
                 for row, (seeds, polynomial) in enumerate(zip(*summed, strict=True)):
                     self._decrypt(self._summed(seeds, polynomial), rows[row])
                 continue
-            _, words = read_chunk(self._public, FULL, chunk, first, count)
-            for row in range(count):
-                tail = words[row].astype("<u8").tobytes()
-                self._decrypt(_load(self._courier, self._public, FULL, tail), rows[first + row])
+            _, (seconds, firsts) = read_chunk(self._public, FULL, chunk, place)
+            for row, both in enumerate(zip(firsts, seconds, strict=True), start=place.first):
+                tail = np.concatenate(both).astype("<u8").tobytes()
+                self._decrypt(_load(self._courier, self._public, FULL, tail), rows[row])
         if received != len(awaited):
             raise ChunkRefused(f"sum: found {received} chunks, expected {len(awaited)}")
-        return total
+        return rows.reshape(-1)[:slots]
 
     def _summed(self, seeds: NDArray[np.uint8], words: Words) -> Any:
         """The sum of ciphertexts: the words of its first polynomial, and the sum of what the seeds expand to."""
@@ -435,34 +435,36 @@ class EncryptedFold:
         first_chunk: int = 0,
         seeds: bool = False,
     ) -> None:
-        self._public, self._first = public, first_chunk * BLOCKS_PER_CHUNK
+        self._public, self._slots, self._first_chunk = public, slots, first_chunk
         self._courier = courier or Courier()
-        self._blocks = blocks_of(public.ring, slots)
+        self._places = places(public.ring, slots, first_chunk)
         self._evaluator = public.api.Evaluator(public.seal)
-        self._total: list[Any] = [None] * self._blocks
+        self._total: list[Any] = [None] * blocks_of(public.ring, slots)
         self._seeds: list[list[bytes]] | None = [[] for _ in self._total] if seeds else None
         self._removed = False
+
+    @property
+    def _first(self) -> int:
+        """The vector's ciphertext with which this part begins."""
+        return self._places[0].first
 
     def add(self, index: int, chunk: bytes) -> None:
         if self._removed:
             raise ChunkRefused(f"chunk {index}: the masks are already off this sum")
-        first = index * BLOCKS_PER_CHUNK - self._first
-        count = min(BLOCKS_PER_CHUNK, self._blocks - first)
-        if first < 0 or count <= 0:
-            lowest = self._first // BLOCKS_PER_CHUNK
-            raise ChunkRefused(
-                f"chunk {index}: expected chunks {lowest} to "
-                f"{lowest + (self._blocks - 1) // BLOCKS_PER_CHUNK}"
-            )
-        seeds, words = read_chunk(self._public, SEEDED, chunk, self._first + first, count)
+        lowest, count = self._first_chunk, len(self._places)
+        if not lowest <= index < lowest + count:
+            raise ChunkRefused(f"chunk {index}: expected chunks {lowest} to {lowest + count - 1}")
+        place = self._places[index - lowest]
+        seeds, (words,) = read_chunk(self._public, SEEDED, chunk, place)
         found = [
             _load_seeded(self._courier, self._public, word, seed)
             for word, seed in zip(words, seeds, strict=True)
         ]
+        first = place.first - self._first
         self._accumulate(first, found)
         if self._seeds is not None:
-            for place, seed in enumerate(seeds, start=first):
-                self._seeds[place].append(seed.tobytes())
+            for at, seed in enumerate(seeds, start=first):
+                self._seeds[at].append(seed.tobytes())
 
     def merge(self, other: EncryptedFold) -> None:
         """Add another fold's sum of the same part; the other must not be used afterwards. Raises ChunkRefused
@@ -486,10 +488,11 @@ class EncryptedFold:
     def remove(self, mask: Slots) -> None:
         """One plaintext subtraction a ciphertext; `packing.py` includes its rounding in the headroom."""
         degree = self._public.ring.degree
-        check_removal(mask, self._blocks * degree, removed=self._removed)
+        check_removal(mask, self._slots, removed=self._removed)
         self._refuse_gaps()
         self._removed = True
-        residues = (mask & np.uint64((1 << self._public.slot_bits) - 1)).reshape(-1, degree)
+        residues = np.zeros((len(self._total), degree), dtype=np.uint64)
+        residues.reshape(-1)[: self._slots] = mask & np.uint64((1 << self._public.slot_bits) - 1)
         for ciphertext, row in zip(self._total, residues, strict=True):
             plain = _plaintext(self._courier, self._public, row)
             self._evaluator.sub_plain_inplace(ciphertext, plain)
@@ -509,14 +512,15 @@ class EncryptedFold:
             bodies = (self._courier.take(each) for each in self._total)
             rows = [_words_of(self._public, FULL, body)[:degree] for body in bodies]
             in_order = list(map(sorted, self._seeds))  # the same bytes, whatever was folded first
-            yield write_summed(self._public, in_order, np.concatenate(rows))
+            (place,) = self._places
+            yield write_summed(self._public, place, in_order, np.stack(rows))
             return
-        for first, count in places(self._blocks):
-            words = np.empty((count, 2 * degree), dtype=np.uint64)
-            for row in range(count):
-                body = self._courier.take(self._total[first + row])
-                words[row] = _words_of(self._public, FULL, body)
-            yield write_chunk(self._public, FULL, self._first + first, [], words.reshape(-1))
+        for place in self._places:
+            words = np.empty((2, place.count, degree), dtype=np.uint64)
+            for row, at in enumerate(range(place.first, place.first + place.count)):
+                body = self._courier.take(self._total[at - self._first])
+                words[:, row] = _words_of(self._public, FULL, body).reshape(2, degree)[::-1]
+            yield write_chunk(self._public, FULL, place, [], words)
 
 
 def self_test() -> Json:

@@ -1,25 +1,28 @@
 """The chunks in which BFV ciphertexts travel: their form, their sizes, and what is refused before SEAL reads them.
 
+A vector's last ciphertext carries as many slots as are in use: decrypting coefficient i takes coefficient i of the
+first polynomial and the whole second one, so the others of the first do not travel.
 Invariant: the size of every chunk is a pure function of the plan, and of the number of summands for a sum that has
 their seeds, so any other size is refused.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.errors import BadInput, ChunkRefused
-from fedcore.secagg.encode.bitpack import Words, pack_words, packed_size, unpack_words
+from fedcore.secagg.encode.bitpack import WHOLE, Words, pack_words, packed_size, unpack_words
 from fedcore.secagg.packing import Ring
 
 BLOCKS_PER_CHUNK = 64
 """Ciphertexts in one chunk: about 0.9 MB up at N = 2048, and large runs for the bit packing."""
 
 _CHUNK_HEADER = struct.Struct("<4sBBH8sI")
-_MAGIC = b"FCB1"
+_MAGIC = b"FCB2"
 SEEDED, FULL, SUMMED = 1, 2, 3
 """Kinds of chunks: of an upload; of a sum, with the words of both polynomials (the number of polynomials of these two
 is their kind); of a sum, with the summands' seeds in place of the second polynomial."""
@@ -39,23 +42,53 @@ class Parameters(Protocol):
     def digest(self) -> bytes: ...
 
 
-def chunk_size(ring: Ring, kind: int, count: int) -> int:
-    """Bytes of a chunk of `count` ciphertexts: a pure function, so any other size is refused."""
-    seeds = SEED_BYTES * count if kind == SEEDED else 0
-    words = count * kind * ring.degree
+@dataclass(frozen=True)
+class Place:
+    """Where a chunk is in a vector: its first ciphertext, how many, and how many slots they carry (all of theirs, but
+    of a vector's last ciphertext those in use)."""
+
+    first: int
+    count: int
+    slots: int
+
+
+def places(ring: Ring, slots: int, first_chunk: int = 0) -> list[Place]:
+    """Of the chunks of a vector of so many slots, or of its part from that chunk on. Raises BadInput unless the slots
+    are a multiple of 8, which fill whole bytes."""
+    blocks, first = blocks_of(ring, slots), first_chunk * BLOCKS_PER_CHUNK
+    found = []
+    for start in range(0, blocks, BLOCKS_PER_CHUNK):
+        end = min(start + BLOCKS_PER_CHUNK, blocks)
+        used = min(end * ring.degree, slots) - start * ring.degree
+        found.append(Place(first + start, end - start, used))
+    return found
+
+
+def blocks_of(ring: Ring, slots: int) -> int:
+    """The number of ciphertexts of a vector. Raises BadInput unless `slots` is a multiple of 8."""
+    if slots % WHOLE:
+        raise BadInput(f"vector: found {slots} slots, expected a multiple of {WHOLE}")
+    return -(-slots // ring.degree)
+
+
+def chunk_size(ring: Ring, kind: int, place: Place) -> int:
+    """Bytes of the chunk of this place: a pure function, so any other size is refused."""
+    seeds = SEED_BYTES * place.count if kind == SEEDED else 0
+    words = place.slots + (kind - 1) * place.count * ring.degree
     return _CHUNK_HEADER.size + seeds + packed_size(words, ring.modulus_bits)
 
 
-def vector_size(ring: Ring, blocks: int, kind: int) -> int:
-    """Bytes of all chunks of a vector of `blocks` ciphertexts; kind 1 is an upload, 2 a sum of two polynomials."""
-    return sum(chunk_size(ring, kind, count) for _, count in places(blocks))
+def vector_size(ring: Ring, slots: int, kind: int) -> int:
+    """Bytes of all chunks of a vector of so many slots; kind 1 is an upload, 2 a sum of two polynomials."""
+    return sum(chunk_size(ring, kind, place) for place in places(ring, slots))
 
 
-def sum_size(ring: Ring, blocks: int, sites: int) -> int:
+def sum_size(ring: Ring, slots: int, sites: int) -> int:
     """Bytes of all chunks of a sum of so many sites: with their seeds where it is one chunk and that is shorter."""
-    if blocks <= BLOCKS_PER_CHUNK and seeds_are_shorter(ring, sites):
-        return _summed_size(ring, blocks, sites)
-    return vector_size(ring, blocks, FULL)
+    found = places(ring, slots)
+    if len(found) == 1 and seeds_are_shorter(ring, sites):
+        return _summed_size(ring, found[0], sites)
+    return vector_size(ring, slots, FULL)
 
 
 def seeds_are_shorter(ring: Ring, summands: int) -> bool:
@@ -64,94 +97,93 @@ def seeds_are_shorter(ring: Ring, summands: int) -> bool:
     return summands <= _MOST_SEEDS and short
 
 
-def _summed_size(ring: Ring, count: int, summands: int) -> int:
-    """Bytes of a chunk of `count` summed ciphertexts, with the seeds of so many summands each."""
-    return _CHUNK_HEADER.size + count * (
-        SEED_BYTES * summands + packed_size(ring.degree, ring.modulus_bits)
-    )
+def _summed_size(ring: Ring, place: Place, summands: int) -> int:
+    """Bytes of the chunk of a sum with the seeds of so many summands for each ciphertext."""
+    words = packed_size(place.slots, ring.modulus_bits)
+    return _CHUNK_HEADER.size + SEED_BYTES * summands * place.count + words
 
 
 def write_chunk(
-    public: Parameters, kind: int, first: int, seeds: list[bytes], words: Words
+    public: Parameters, kind: int, place: Place, seeds: Sequence[bytes], words: Words
 ) -> bytes:
-    """The chunk at ciphertext `first`. words: (count * N * polynomials,), each below the modulus."""
-    count = len(words) // (public.ring.degree * kind)
-    header = _CHUNK_HEADER.pack(_MAGIC, kind, 0, count, public.digest, first)
-    return header + b"".join(seeds) + pack_words(words, public.ring.modulus_bits)
+    """A chunk. words: (polynomials, count, N), the second polynomials before the first ones, each below the modulus;
+    of the first polynomials the words behind the slots in use stay here."""
+    header = _CHUNK_HEADER.pack(_MAGIC, kind, 0, place.count, public.digest, place.first)
+    return header + b"".join(seeds) + _packed(public.ring, place, words)
 
 
-def write_summed(public: Parameters, seeds: Sequence[Sequence[bytes]], words: Words) -> bytes:
-    """A sum's only chunk: the seeds of all summands of each ciphertext, and the words of the first polynomials."""
-    header = _CHUNK_HEADER.pack(_MAGIC, SUMMED, len(seeds[0]), len(seeds), public.digest, 0)
+def write_summed(
+    public: Parameters, place: Place, seeds: Sequence[Sequence[bytes]], words: Words
+) -> bytes:
+    """A sum's only chunk: the seeds of all summands of each ciphertext, and the words (1, count, N) of the first
+    polynomials."""
+    header = _CHUNK_HEADER.pack(_MAGIC, SUMMED, len(seeds[0]), place.count, public.digest, 0)
     flat = b"".join(seed for each in seeds for seed in each)
-    return header + flat + pack_words(words, public.ring.modulus_bits)
+    return header + flat + _packed(public.ring, place, words)
+
+
+def _packed(ring: Ring, place: Place, words: Words) -> bytes:
+    unused = place.count * ring.degree - place.slots
+    return pack_words(words.reshape(-1)[: words.size - unused], ring.modulus_bits)
 
 
 def read_summed(
-    public: Parameters, chunk: bytes, count: int
+    public: Parameters, chunk: bytes, place: Place
 ) -> tuple[NDArray[np.uint8], Words] | None:
     """The seeds (count, summands, 65) and first polynomials (count, N) of a sum's only chunk; None for one of another
     kind. Raises ChunkRefused."""
     if len(chunk) < _CHUNK_HEADER.size:
         return None
-    magic, kind, summands, found, digest, first = _CHUNK_HEADER.unpack_from(chunk)
+    magic, kind, summands, count, digest, first = _CHUNK_HEADER.unpack_from(chunk)
     if (magic, kind) != (_MAGIC, SUMMED):
         return None
-    ring, place = public.ring, _CHUNK_HEADER.size
-    if (found, digest, first) != (count, public.digest, 0) or not summands:
+    ring, start = public.ring, _CHUNK_HEADER.size
+    if (count, digest, first) != (place.count, public.digest, 0) or not summands:
         raise ChunkRefused("sum: found a chunk of other ciphertexts or parameters")
-    if len(chunk) != _summed_size(ring, count, summands):
-        expected = _summed_size(ring, count, summands)
+    if len(chunk) != _summed_size(ring, place, summands):
+        expected = _summed_size(ring, place, summands)
         raise ChunkRefused(f"sum: found {len(chunk)} bytes, expected {expected}")
-    seeds = np.frombuffer(chunk, np.uint8, SEED_BYTES * summands * count, place)
-    words = unpack_words(
-        memoryview(chunk)[place + len(seeds) :], ring.modulus_bits, count * ring.degree
-    )
-    if (words >= ring.modulus).any():
-        raise ChunkRefused("sum: a coefficient is not below the modulus")
-    return seeds.reshape(count, summands, SEED_BYTES), words.reshape(count, -1)
+    seeds = np.frombuffer(chunk, np.uint8, SEED_BYTES * summands * count, start)
+    (words,) = _unpacked(ring, place, memoryview(chunk)[start + len(seeds) :], 1)
+    return seeds.reshape(count, summands, SEED_BYTES), words
 
 
 def read_chunk(
-    public: Parameters, kind: int, chunk: bytes, first: int, count: int
+    public: Parameters, kind: int, chunk: bytes, place: Place
 ) -> tuple[NDArray[np.uint8], Words]:
-    """The seeds (count, 65), none when full, and words (count, polynomials * N) of a chunk, checked before
-    SEAL reads it. Raises ChunkRefused."""
-    expected = chunk_size(public.ring, kind, count)
+    """The seeds (count, 65), none when full, and words (polynomials, count, N) of a chunk, the second polynomials
+    before the first ones, checked before SEAL reads it. Words that did not travel are 0. Raises ChunkRefused."""
+    expected, at = chunk_size(public.ring, kind, place), f"chunk at ciphertext {place.first}"
     if len(chunk) != expected:
-        raise ChunkRefused(
-            f"chunk at ciphertext {first}: found {len(chunk)} bytes, expected {expected}"
-        )
-    magic, found_kind, zero, found_count, digest, found_first = _CHUNK_HEADER.unpack_from(chunk)
+        raise ChunkRefused(f"{at}: found {len(chunk)} bytes, expected {expected}")
+    magic, found_kind, zero, count, digest, first = _CHUNK_HEADER.unpack_from(chunk)
     if (magic, zero) != (_MAGIC, 0):
-        raise ChunkRefused(f"chunk at ciphertext {first}: it is not a Fedcore ciphertext chunk")
+        raise ChunkRefused(f"{at}: it is not a Fedcore ciphertext chunk")
     if digest != public.digest:
         raise ChunkRefused(
-            f"chunk at ciphertext {first}: it was made under other encryption parameters",
+            f"{at}: it was made under other encryption parameters",
             remedy="compare the plan digests of both sides",
         )
-    if (found_kind, found_count, found_first) != (kind, count, first):
+    if (found_kind, count, first) != (kind, place.count, place.first):
         raise ChunkRefused(
-            f"chunk at ciphertext {first}: found kind {found_kind} with {found_count} ciphertexts at "
-            f"{found_first}, expected kind {kind} with {count} at {first}"
+            f"{at}: found kind {found_kind} with {count} ciphertexts at {first}, expected kind {kind} with "
+            f"{place.count} at {place.first}"
         )
-    place = _CHUNK_HEADER.size
-    seeds = np.frombuffer(chunk, np.uint8, SEED_BYTES * count if kind == SEEDED else 0, place)
-    packed, length = memoryview(chunk)[place + len(seeds) :], count * public.ring.degree * kind
-    words = unpack_words(packed, public.ring.modulus_bits, length)
-    if (words >= public.ring.modulus).any():
-        raise ChunkRefused(f"chunk at ciphertext {first}: a coefficient is not below the modulus")
-    return seeds.reshape(-1, SEED_BYTES), words.reshape(count, -1)
+    start = _CHUNK_HEADER.size
+    seeds = np.frombuffer(chunk, np.uint8, SEED_BYTES * count if kind == SEEDED else 0, start)
+    words = _unpacked(public.ring, place, memoryview(chunk)[start + len(seeds) :], kind)
+    return seeds.reshape(-1, SEED_BYTES), words
 
 
-def blocks_of(ring: Ring, slots: int) -> int:
-    """The number of ciphertexts of a vector. Raises BadInput unless `slots` is a multiple of N."""
-    if slots % ring.degree:
-        raise BadInput(f"vector: found {slots} slots, expected a multiple of {ring.degree}")
-    return slots // ring.degree
-
-
-def places(blocks: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of each chunk of a vector of `blocks` ciphertexts."""
-    for first in range(0, blocks, BLOCKS_PER_CHUNK):
-        yield first, min(BLOCKS_PER_CHUNK, blocks - first)
+def _unpacked(ring: Ring, place: Place, packed: memoryview, polynomials: int) -> Words:
+    """The inverse of `_packed`, with 0 for what did not travel. Raises ChunkRefused for a word that is no
+    coefficient."""
+    words = np.zeros((polynomials, place.count, ring.degree), dtype=np.uint64)
+    used = words.size - (place.count * ring.degree - place.slots)
+    flat = words.reshape(-1)[:used]
+    flat[:] = unpack_words(packed, ring.modulus_bits, used)
+    if (flat >= ring.modulus).any():
+        raise ChunkRefused(
+            f"chunk at ciphertext {place.first}: a coefficient is not below the modulus"
+        )
+    return words

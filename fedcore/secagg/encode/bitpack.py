@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
 
+WHOLE = 8
+"""Words in a multiple of which every width fills whole bytes."""
+
 
 def packed_size(count: int, bits: int) -> int:
     """Bytes of `count` packed words; `count` must be a multiple of `group_of(bits)`."""

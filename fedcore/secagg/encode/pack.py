@@ -1,22 +1,23 @@
 """Pack fields into slots, with marks, canaries and the places of the tag.
 
-One vector of S = blocks x N slots. Field f of the data fills row 0 of the slots first, then row 1, ...
-(row r is shifted by r w bits), so packing is k shifts over contiguous memory:
+One vector of S slots: as few as hold the data and the tag, in blocks of N of which the last may be short. Field f of
+the data fills row 0 of the slots first, then row 1, ... (row r is shifted by r w bits), so packing is k shifts over
+contiguous memory:
 
-    row 0:   C d d d d d ... | C d d d d ... | C d d d ... . . .    C = canary, the first of its block
-    row k-1: d d d d d d ... | d d d d d ... | d d d d ... . . .    . = the last L slots: the tag's limbs
+    row 0:   C d d d d d ... | C d d d d ... | C d d . . .    C = canary, the first of its block
+    row k-1: d d d d d d ... | d d d d d ... | d d 0 . . .    . = the last L slots: the tag's limbs
 
 Invariant: every field of a sum is below 2^w, so rows never overflow into each other.
 
 - **marks**: site i puts 1 into mark i; the sum's marks are the survivors. A named mark of the spec has one
   place a site too, and site i puts 0 or 1 into place i; each site checks its own place in the sum.
-- **canaries**: the largest field value, one per block: they detect wraps and missing blocks.
+- **canaries**: the largest field value, one per block with data: they detect wraps and missing blocks.
 - **limbs**: an integer of more than b bits is b-bit limbs, one a field (PROTOCOL W). Recombining the summed limbs
   gives the sum of the integers, because `sum_i sum_j 2^(b j) limb_ij = sum_j 2^(b j) sum_i limb_ij`.
 Marks and canaries detect accidents. The sum tag is the proof against a dishonest coordinator (`crypto/sumtag.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index as index_of
@@ -24,6 +25,7 @@ from operator import index as index_of
 import numpy as np
 
 from fedcore.errors import BadInput, TagRefused
+from fedcore.secagg.encode.bitpack import WHOLE
 from fedcore.secagg.packing import Packing
 from fedcore.secagg.plan import TAG_BITS, VectorSpec
 from fedcore.types import Fields, Slots
@@ -96,32 +98,33 @@ class Layout:
         return limb_count(TAG_BITS, self.packing.bits)
 
     @cached_property
-    def blocks(self) -> int:
-        """The number of ciphertexts (blocks of N slots) of the vector."""
-        blocks = 1
-        while self._capacity(blocks) < self.data_fields:
-            short = self.data_fields - self._capacity(blocks)
-            blocks += max(1, short // (self.packing.slots_per_block * self.packing.fields_per_slot))
-        return blocks
+    def tagged_slots(self) -> int:
+        """The slots that the sum tag covers, all but its own: as few as hold the data, rounded up until all slots
+        together fill whole bytes on the wire."""
+        each, slots = self.packing.fields_per_slot, 0
+        while (missing := self.data_fields - slots * each + self._canaries(slots)) > 0:
+            slots += -(-missing // each)
+        return -(-(slots + self.tag_slots) // WHOLE) * WHOLE - self.tag_slots
 
-    def _capacity(self, blocks: int) -> int:
-        slots = blocks * self.packing.slots_per_block - self.tag_slots
-        return slots * self.packing.fields_per_slot - blocks
+    def _canaries(self, slots: int) -> int:
+        """Of so many slots before the tag: one a block that they begin."""
+        return -(-slots // self.packing.slots_per_block)
 
     @property
     def slots(self) -> int:
-        """S: all slots, including the tag's."""
-        return self.blocks * self.packing.slots_per_block
+        """S: all slots, including the tag's. Nothing else travels, also of a block that they do not fill."""
+        return self.tagged_slots + self.tag_slots
 
     @property
-    def tagged_slots(self) -> int:
-        """The slots that the sum tag covers: all but its own."""
-        return self.slots - self.tag_slots
+    def blocks(self) -> int:
+        """The number of ciphertexts (blocks of N slots) of the vector."""
+        return -(-self.slots // self.packing.slots_per_block)
 
     @property
     def used_fraction(self) -> float:
-        """Share of the fields that hold data, 0 to 1."""
-        return self.data_fields / (self.slots * self.packing.fields_per_slot)
+        """Share of the fields of all blocks that hold data, 0 to 1."""
+        fields = self.packing.slots_per_block * self.packing.fields_per_slot
+        return self.data_fields / (self.blocks * fields)
 
     def pack(self, coordinates: Fields, wides: Mapping[str, Sequence[int]], site: int) -> Slots:
         """One site's (S,) uint64 slots, tag places zero. `site` is its index in the roster.
@@ -184,20 +187,14 @@ class Layout:
         return {name: int(wides[name][0]) for name in self.spec.marks}
 
     def _pack_fields(self, data: Fields) -> Slots:
-        width, size = self.packing.field_width, self.packing.slots_per_block
-        canary = (1 << self.packing.bits) - 1
-        first = np.zeros(self.blocks * (size - 1), dtype=np.uint64)
-        taken = min(len(data), len(first) - self.tag_slots)
-        first[:taken] = data[:taken]
-        slots = np.empty((self.blocks, size), dtype=np.uint64)
-        slots[:, 0] = canary
-        slots[:, 1:] = first.reshape(self.blocks, size - 1)
-        flat = slots.reshape(-1)
-        for row in range(1, self.packing.fields_per_slot):
-            part = data[taken : taken + self.tagged_slots]
-            flat[: len(part)] |= part << np.uint64(row * width)
+        size, width = self.packing.slots_per_block, self.packing.field_width
+        slots, taken = np.zeros(self.slots, dtype=np.uint64), 0
+        slots[: self.tagged_slots : size] = (1 << self.packing.bits) - 1
+        for row, places in self._runs():
+            part = data[taken : taken + places.stop - places.start]
+            slots[places.start : places.start + len(part)] |= part << np.uint64(row * width)
             taken += len(part)
-        return flat
+        return slots
 
     def put_tag(self, slots: Slots, tag: int) -> None:
         """Write a tag in [0, 2^61) into its slots, in place."""
@@ -216,7 +213,7 @@ class Layout:
         if len(total) != self.slots:
             raise BadInput(f"sum: found {len(total)} slots, expected {self.slots}")
         bits, low = self.packing.bits, np.uint64((1 << self.packing.field_width) - 1)
-        canaries = total[:: self.packing.slots_per_block] & low
+        canaries = total[: self.tagged_slots : self.packing.slots_per_block] & low
         if not (canaries == len(survivors) * ((1 << bits) - 1)).all():
             raise TagRefused("sum: a canary is not the sum of the listed survivors' canaries")
         data = self.fields_of(total)
@@ -243,15 +240,19 @@ class Layout:
 
     def fields_of(self, slots: Slots) -> Fields:
         """The (data_fields,) fields, each below 2^w, of (S,) slots of any kind; nothing is checked."""
-        width, size = self.packing.field_width, self.packing.slots_per_block
-        mask = np.uint64((1 << width) - 1)
-        data = np.empty(self.data_fields, dtype=np.uint64)
-        first = (slots.reshape(self.blocks, size)[:, 1:] & mask).reshape(-1)
-        taken = min(self.data_fields, len(first) - self.tag_slots)
-        data[:taken] = first[:taken]
-        for row in range(1, self.packing.fields_per_slot):
-            length = min(self.data_fields - taken, self.tagged_slots)
-            part = slots[:length] >> np.uint64(row * width)
-            data[taken : taken + length] = part & mask
-            taken += length
+        width, mask = self.packing.field_width, np.uint64((1 << self.packing.field_width) - 1)
+        data, taken = np.empty(self.data_fields, dtype=np.uint64), 0
+        for row, places in self._runs():
+            part = data[taken : taken + places.stop - places.start]
+            found = slots[places.start : places.start + len(part)]
+            np.bitwise_and(found >> np.uint64(row * width), mask, out=part)
+            taken += len(part)
         return data
+
+    def _runs(self) -> Iterator[tuple[int, slice]]:
+        """Row and slots of each run of data fields, in their order: row 0 between canaries, then whole rows."""
+        size, end = self.packing.slots_per_block, self.tagged_slots
+        for start in range(0, end, size):
+            yield 0, slice(start + 1, min(start + size, end))
+        for row in range(1, self.packing.fields_per_slot):
+            yield row, slice(0, end)

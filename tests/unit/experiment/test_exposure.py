@@ -236,20 +236,20 @@ def test_a_ciphertext_whose_key_is_zero_reads_as_its_slots(ring):
         ),
         key=lambda found: found.slot_bits,
     )
-    blocks, rng = 65, np.random.default_rng(1)  # more than one chunk
-    slots = rng.integers(0, 1 << packing.slot_bits, blocks * ring.degree, dtype=np.uint64)
+    # More than one chunk, of which the second is no whole ciphertext.
+    sizes, rng = (64 * ring.degree, ring.degree - 16), np.random.default_rng(1)
+    slots = rng.integers(0, 1 << packing.slot_bits, sum(sizes), dtype=np.uint64)
     slots[:2] = 0, (1 << packing.slot_bits) - 1
     exact = [
         ((int(slot) * ring.modulus >> packing.slot_bits) + int(noise)) % ring.modulus
         for slot, noise in zip(slots, rng.integers(-21, 22, len(slots)), strict=True)
     ]
-    sizes = (64 * ring.degree, ring.degree)
     upload, start = [], 0
     for size in sizes:
         part = np.array(exact[start : start + size], dtype=np.uint64)
         upload.append(b"header and seeds" + pack_words(part, ring.modulus_bits))
         start += size
-    assert np.array_equal(ciphertext_as_slots(packing, upload, blocks), slots)
+    assert np.array_equal(ciphertext_as_slots(packing, upload, len(slots)), slots)
 
 
 def masked_witness(rebuilt, others):

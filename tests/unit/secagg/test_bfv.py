@@ -31,7 +31,7 @@ from fedcore.secagg.crypto.bfv import (
     load_seal,
     self_test,
 )
-from fedcore.secagg.crypto.bfv_chunks import FULL, SEEDED, chunk_size, sum_size, vector_size
+from fedcore.secagg.crypto.bfv_chunks import FULL, SEEDED, Place, chunk_size, sum_size, vector_size
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.packing import RINGS, Packing, Ring, field_width, solve_packing
 from fedcore.secagg.plan import VectorSpec
@@ -130,29 +130,27 @@ def test_every_coefficient_of_the_ring_survives(ring, slot_bits):
 @pytest.fixture
 def blocks_per_chunk(monkeypatch):
     """blocks_per_chunk(n): chunks are so short that a small vector has several."""
-
-    def change(count):
-        for module in (bfv, bfv_chunks):
-            monkeypatch.setattr(module, "BLOCKS_PER_CHUNK", count)
-
-    return change
+    return lambda count: monkeypatch.setattr(bfv_chunks, "BLOCKS_PER_CHUNK", count)
 
 
-def test_vectors_of_several_chunks(blocks_per_chunk):
+@pytest.mark.parametrize("last", [2048, 2040, 8])
+def test_vectors_of_several_chunks(blocks_per_chunk, last):
+    """Of the last ciphertext as many slots travel as are in use: all, some, or as few as fill whole bytes."""
     blocks_per_chunk(2)
     public = PublicContext(SMALL, 40)
-    sealer, size = EncryptedSealer(SecretContext(public)), 5 * 2048
+    sealer, size = EncryptedSealer(SecretContext(public)), 4 * 2048 + last
     rows = np.random.default_rng(2).integers(0, 2**38, (3, size), dtype=np.uint64)
     uploads = [list(sealer.protect(row)) for row in rows]
     assert [len(chunk) for chunk in uploads[0]] == [
-        chunk_size(SMALL, 1, count) for count in (2, 2, 1)
-    ]
+        20 + 2 * 65 + 2 * 13_824, 20 + 2 * 65 + 2 * 13_824, 20 + 65 + last * 54 // 8
+    ]  # fmt: skip
     places = [(i, chunks[i]) for i in (2, 0, 1) for chunks in uploads]
     fold = EncryptedFold(public, size)
     for index, chunk in places:
         fold.add(index, chunk)
     released = list(fold.total())
-    assert sum(map(len, released)) == vector_size(SMALL, 5, 2)
+    assert sum(map(len, released)) == vector_size(SMALL, size, 2)
+    assert len(released[-1]) == 20 + 13_824 + last * 54 // 8
     assert (sealer.open(iter(released), size) == rows.sum(axis=0)).all()
     for wrong in (released[:2], [*released, released[0]], released[::-1], []):
         with pytest.raises(ChunkRefused):
@@ -160,18 +158,23 @@ def test_vectors_of_several_chunks(blocks_per_chunk):
 
 
 def test_sizes_are_the_sum_of_their_parts():
-    # A 20-byte header; 65 bytes of seed and 2048 words of 54 bits a ciphertext.
-    assert chunk_size(SMALL, 1, 3) == 20 + 3 * (65 + 2048 * 54 // 8)
-    assert chunk_size(SMALL, 2, 3) == 20 + 3 * 2 * 2048 * 54 // 8
-    assert vector_size(SMALL, 130, 1) == 3 * 20 + 130 * (65 + 13824)
-    assert vector_size(LARGE, 1, 2) == 20 + 2 * 4096 * 60 // 8
+    # A 20-byte header; 65 bytes of seed and 2048 words of 54 bits a ciphertext, of the last one those in use.
+    whole, short = Place(0, 3, 3 * 2048), Place(0, 3, 2 * 2048 + 16)
+    assert chunk_size(SMALL, 1, whole) == 20 + 3 * (65 + 2048 * 54 // 8)
+    assert chunk_size(SMALL, 1, short) == 20 + 3 * 65 + (2 * 2048 + 16) * 54 // 8
+    assert chunk_size(SMALL, 2, whole) == 20 + 3 * 2 * 2048 * 54 // 8
+    assert chunk_size(SMALL, 2, short) == 20 + (5 * 2048 + 16) * 54 // 8
+    assert vector_size(SMALL, 130 * 2048, 1) == 3 * 20 + 130 * (65 + 13824)
+    assert vector_size(SMALL, 129 * 2048 + 8, 1) == 3 * 20 + 129 * (65 + 13824) + 65 + 54
+    assert vector_size(LARGE, 4096, 2) == 20 + 2 * 4096 * 60 // 8
+    assert vector_size(LARGE, 24, 2) == 20 + (4096 + 24) * 60 // 8
 
 
-def test_a_vector_that_is_not_whole_blocks_is_refused_rather_than_cut():
+def test_a_vector_that_does_not_fill_whole_bytes_is_refused_rather_than_cut():
     public = PublicContext(SMALL, 40)
     sealer = EncryptedSealer(SecretContext(public))
     for slots in (1, 2047, 2049):
-        with pytest.raises(BadInput, match=f"found {slots} slots, expected a multiple of 2048"):
+        with pytest.raises(BadInput, match=f"found {slots} slots, expected a multiple of 8"):
             list(sealer.protect(np.ones(slots, dtype=np.uint64)))
         with pytest.raises(BadInput):
             sealer.open([], slots)
@@ -252,10 +255,10 @@ def test_no_more_is_encrypted_ahead_than_fits_the_memory_set_aside():
 
 
 @pytest.mark.parametrize("ring", [SMALL, LARGE])
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_a_sum_with_the_summands_seeds_opens_to_the_same_slots_in_fewer_bytes(ring, blocks):
+@pytest.mark.parametrize(("blocks", "unused"), [(1, 0), (1, 2000), (3, 0), (3, 2040)])
+def test_a_sum_with_the_summands_seeds_opens_to_the_same_slots_in_fewer_bytes(ring, blocks, unused):
     """The words of the second polynomial are what the seeds expand to, added up: with masks off, in any order."""
-    public, size = PublicContext(ring, 40), blocks * ring.degree
+    public, size = PublicContext(ring, 40), blocks * ring.degree - unused
     sealer, rng = EncryptedSealer(SecretContext(public)), np.random.default_rng(9)
     rows = rng.integers(0, 2**38, (4, size), dtype=np.uint64)
     mask = rng.integers(0, 2**40, size, dtype=np.uint64)
@@ -272,16 +275,16 @@ def test_a_sum_with_the_summands_seeds_opens_to_the_same_slots_in_fewer_bytes(ri
     (full,), (short,) = sums
     assert (
         len(short)
-        == sum_size(ring, blocks, 4)
+        == sum_size(ring, size, 4)
         == len(full) - blocks * (ring.degree * ring.modulus_bits // 8 - 4 * 65)
     )
     expected = (rows.sum(axis=0) - mask) % np.uint64(2**40)
     for chunk in (full, short):
         assert (sealer.open([chunk], size) == expected).all()
-    seeds, words = bfv_chunks.read_summed(public, short, blocks)
+    seeds, words = bfv_chunks.read_summed(public, short, Place(0, blocks, size))
     for row in range(blocks):
         summed = bfv._words_of(public, FULL, Courier().take(sealer._summed(seeds[row], words[row])))
-        assert summed.tolist() == read_chunk(public, FULL, full, blocks).words[row].tolist()
+        assert summed.tolist() == read_chunk(public, FULL, full, blocks, size).words[row].tolist()
 
 
 def test_seeds_are_sent_only_where_they_are_shorter_and_the_vector_is_one_chunk(blocks_per_chunk):
@@ -292,10 +295,10 @@ def test_seeds_are_sent_only_where_they_are_shorter_and_the_vector_is_one_chunk(
         for _ in range(sites):
             fold.add(0, upload)
         (total,) = fold.total()
-        assert len(total) == sum_size(SMALL, 1, sites)
-        assert (len(total) < vector_size(SMALL, 1, 2)) == short
+        assert len(total) == sum_size(SMALL, 2048, sites)
+        assert (len(total) < vector_size(SMALL, 2048, 2)) == short
     blocks_per_chunk(2)
-    assert sum_size(SMALL, 3, 4) == vector_size(SMALL, 3, 2)
+    assert sum_size(SMALL, 3 * 2048, 4) == vector_size(SMALL, 3 * 2048, 2)
 
 
 def test_a_sum_with_seeds_that_is_cut_changed_or_of_other_parameters_is_refused():
