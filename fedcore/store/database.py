@@ -31,7 +31,6 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.engine import Dialect
-from sqlalchemy.exc import DBAPIError
 
 from fedcore.errors import LeaseLost, StoreProblem
 
@@ -48,6 +47,8 @@ class Database(Protocol):
     tables: Tables
     sealed: str
     """Name of the key that the contents of its rows are encrypted with; "" for none."""
+    faults: tuple[type[Exception], ...]
+    """What its calls raise where the database refuses."""
 
     @property
     def closed(self) -> bool:
@@ -62,6 +63,12 @@ class Database(Protocol):
     def writing(self) -> AbstractContextManager[object]:
         """A transaction that is durable at its end, and refused where this process may not write any more."""
 
+    def reading(self) -> AbstractContextManager[object]:
+        """For a statement that only reads."""
+
+    def run(self, statement: Compiled, *rows: Mapping[str, Any]) -> Any:
+        """Execute a statement for every row, inside `writing`, `erasing` or `reading`. Returns the cursor."""
+
     def erasing(self) -> AbstractContextManager[object]:
         """As `writing`; afterwards removed data are gone as far as this kind of database can do that."""
 
@@ -71,8 +78,8 @@ class Database(Protocol):
     def fault(self) -> str:
         """What an integrity check found, or ""."""
 
-    def refused(self, doing: str, error: DBAPIError) -> StoreProblem:
-        """An error of the driver in one line, without the statement or its values."""
+    def refused(self, doing: str, error: Exception) -> StoreProblem:
+        """One of `faults` in one line, without the statement or its values."""
 
 
 @dataclass(frozen=True)
@@ -131,18 +138,13 @@ class Compiled:
     def __init__(self, statement: Executable, dialect: Dialect, ends: str = "") -> None:
         """ends: words behind it."""
         compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
-        self._text, self._ordered = str(compiled) + ends, compiled.positiontup
+        self.text, self._ordered = str(compiled) + ends, compiled.positiontup
         self._names = self._ordered or list(compiled.params)
 
-    def run(self, connection: Connection, *rows: Mapping[str, Any]) -> Any:
-        """Execute it for every row; names that it does not use are ignored."""
-        given: list[Any] = [
-            tuple(row[n] for n in self._names)
-            if self._ordered
-            else {n: row[n] for n in self._names}
-            for row in rows
-        ]
-        return connection.exec_driver_sql(self._text, given[0] if len(given) == 1 else given)
+    def given(self, row: Mapping[str, Any]) -> Any:
+        """The parameters, from a row by name; names that the statement does not use are ignored."""
+        names = self._names
+        return tuple(row[n] for n in names) if self._ordered else {n: row[n] for n in names}
 
 
 class Statements:

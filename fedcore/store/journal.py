@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from sqlalchemy import Select, Table, select
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError
 
 from fedcore.errors import EnvelopeRefused, LeaseLost, MalformedMessage, StoreProblem
 from fedcore.secagg.protocol.wire_form import decode, encode, type_name
@@ -104,11 +104,11 @@ class Journal:
                 each |= {"id": number, "body": self._sealer.record(each["body"], *place)}
         if rows:
             add = self._statements.add if self._sealer is None else self._statements.add_numbered
-            add.run(self._connection, *rows)
+            self._database.run(add, *rows)
         if put:
             seal = (lambda value, *_: value) if self._sealer is None else self._sealer.value
             kept = [self._row(job, n) | {"value": seal(value, job, n)} for n, value in put.items()]
-            self._statements.put.run(self._connection, *kept)
+            self._database.run(self._statements.put, *kept)
 
     def _row(self, job: str, named: str) -> dict[str, Any]:
         return {"party": self._party, "of": job, "named": named}
@@ -151,14 +151,14 @@ class Journal:
         put: Mapping[str, bytes] | None,
         forget: Sequence[str],
     ) -> None:
-        self._statements.clear.run(self._connection, self._row(job, stream))
+        self._database.run(self._statements.clear, self._row(job, stream))
         self._insert(job, stream, keep, put or {})
         self._forget(job, forget)
 
     def _forget(self, job: str, keys: Sequence[str]) -> None:
         if keys:
             rows = (self._row(job, key) for key in keys)
-            self._statements.remove.run(self._connection, *rows)
+            self._database.run(self._statements.remove, *rows)
 
     def put(self, job: str, key: str, value: bytes) -> None:
         """Store a value under a key. The value that it replaces is erased only by `forget` or `compact`."""
@@ -202,10 +202,9 @@ class Journal:
 
     def get(self, job: str, key: str) -> bytes | None:
         """The value of a key, or None. Raises StoreProblem, as all reads do."""
-        with self._told("read"), self._connection.begin():
-            found: bytes | None = self._statements.get.run(
-                self._connection, self._row(job, key)
-            ).scalar_one_or_none()
+        with self._told("read"), self._database.reading():
+            row = self._database.run(self._statements.get, self._row(job, key)).fetchone()
+        found: bytes | None = None if row is None else row[0]
         if found is None or self._sealer is None:
             return found
         try:
@@ -253,7 +252,7 @@ class Journal:
                 )
             try:
                 yield
-            except DBAPIError as error:
+            except self._database.faults as error:
                 raise self._database.refused(doing, error) from error
 
 

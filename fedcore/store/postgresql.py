@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from sqlalchemy import (
     URL,
     Connection,
+    CursorResult,
     Engine,
     bindparam,
     create_engine,
@@ -26,14 +27,14 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import RootTransaction, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateSchema
 
 from fedcore.errors import BadInput, LeaseLost, StoreFull, StoreProblem, require_extra
 from fedcore.files.disk import FREE_SOME
-from fedcore.store.database import SCHEMA, Tables, check_meta, check_sealed, tables
+from fedcore.store.database import SCHEMA, Compiled, Tables, check_meta, check_sealed, tables
 from fedcore.store.lease import IDLE_SECONDS, LEASE_SECONDS, LEASES, Lease, holder_of, take
 
 EXPECTED = "postgresql://USER@HOST:PORT/DATABASE"
@@ -85,6 +86,8 @@ NUMBERS_AT_ONCE = 64
 
 class PostgresqlDatabase:
     """A party's journal on a server, and the lease to write it."""
+
+    faults: tuple[type[Exception], ...] = (DBAPIError,)
 
     def __init__(self, url: URL, party: str) -> None:
         self.name, self._url, self._party = shown(url), url, party
@@ -235,12 +238,24 @@ class PostgresqlDatabase:
         except DBAPIError as error:
             raise self.refused("rewrite", error) from None
 
+    def reading(self) -> RootTransaction:
+        """A transaction; without one the connection would stay in an older one."""
+        return self.connection.begin()
+
+    def run(self, statement: Compiled, *rows: Mapping[str, Any]) -> CursorResult[Any]:
+        """Execute a statement for every row."""
+        given = [statement.given(row) for row in rows]
+        return self.connection.exec_driver_sql(
+            statement.text, given[0] if len(given) == 1 else given
+        )
+
     def fault(self) -> str:
         """Always "": the server checks its own files (amcheck, data checksums)."""
         return ""
 
-    def refused(self, doing: str, error: DBAPIError) -> StoreProblem:
+    def refused(self, doing: str, error: Exception) -> StoreProblem:
         """An error of the server or of the connection in one line, without statement, values or password."""
+        assert isinstance(error, DBAPIError)
         return _refused(self._url, doing, error)
 
 
