@@ -25,7 +25,7 @@ from fedcore_clients.session import Session
 from fedcore_clients.state_files import StateFiles, state_folder
 from fedcore_clients.trainer import TrainingFailed
 
-from fedcore.config import read_settings
+from fedcore.config import Job, read_settings
 from fedcore.errors import BadInput, DataLost, FedcoreError, GuardTripped, PeerRefused, StoreProblem
 from fedcore.files import append_row
 from fedcore.learning.guard import GuardRecord, GuardRules
@@ -151,9 +151,14 @@ class JobWork:
         return event
 
     @cached_property
+    def _asked(self) -> Job:
+        """The job's settings, read once: they are the same in every round."""
+        return job_of(self.offer)
+
+    @property
     def _budget(self) -> float | None:
         """`round.submit_seconds` of the job."""
-        return job_of(self.offer).round.submit_seconds
+        return self._asked.round.submit_seconds
 
     @cached_property
     def _few_sites(self) -> bool:
@@ -258,7 +263,7 @@ class JobWork:
         self.files.forget(but=self.context.journal.get(self.id, "app") or b"")
 
     def _show_personal(self) -> None:
-        if not is_personal(job_of(self.offer).train):
+        if not is_personal(self._asked.train):
             return
         if kept := self._kept():
             self.files.write(self.files.personal, kept)
