@@ -60,8 +60,10 @@ class JobPolicy:
             return None
         spent = self._ledger.spends(self._rows)
         mine = {each.training_round for each in spent if each.job == self._job}
-        left = max(0, plan.rounds - len(mine))
-        return self._policy.on_spend(plan.privacy, left, spent)
+        trained = {each for each in mine if each <= plan.rounds}
+        measured = len(mine) if plan.privacy.measures(trains=True) else len(mine - trained)
+        left = max(0, plan.privacy.metric_releases - measured)
+        return self._policy.on_spend(plan.privacy, plan.rounds - len(trained), spent, left)
 
     def on_release(self, what: Release) -> PolicyRefused | None:
         if isinstance(what, RowsInSum):

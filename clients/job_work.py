@@ -227,12 +227,14 @@ class JobWork:
         """Record what this round's vector costs of its rows' privacy, on disk, before it is made. Raises PolicyRefused
         where it is more than the policy allows, and StoreProblem."""
         privacy, ledger, rows = work.agreed.plan.privacy, self.context.ledger, self.job.part.rows
-        if privacy is None or not trains(header.purpose):
+        step = trains(header.purpose)
+        if privacy is None or not (step or privacy.measures(trains=False)):
             return
-        spend = Spend.of(header, rows, privacy)
+        spend = Spend.of(header, rows, privacy, trains=step)
         before = ledger.spends(rows)
         if all(each.header != spend.header for each in before):
-            require(self.context.policy.on_spend(privacy, 1, before))
+            rounds, measured = privacy.of_vector(trains=step)
+            require(self.context.policy.on_spend(privacy, rounds, before, measured))
         ledger.spend(spend)
 
     def _protected(

@@ -170,9 +170,10 @@ class SitePolicy:
         return self._refused(_Asked(terms, plan.rounds, plan.train)) or self._on_privacy(terms)
 
     def on_spend(
-        self, privacy: PrivacyPlan, rounds: int, before: Sequence[Spend]
+        self, privacy: PrivacyPlan, rounds: int, before: Sequence[Spend], measured: int = 0
     ) -> PolicyRefused | None:
-        """Why so many rounds may not be added to what was spent of the same rows. before: these spends."""
+        """Why so many rounds, and releases of metrics, may not be added to what was spent of the same rows. before:
+        these spends."""
         most, delta = self.rules.lifetime_epsilon, self.rules.lifetime_delta
         if most is None:
             return None
@@ -181,7 +182,7 @@ class SitePolicy:
             return self._refusal(
                 "privacy.unit", privacy.unit, f"{units.pop()} as in earlier jobs over the same rows", "lifetime_epsilon"
             )  # fmt: skip
-        total = total_epsilon(before, delta, privacy.rounds(rounds))
+        total = total_epsilon(before, delta, privacy.rounds(rounds, measured))
         if total <= most:
             return None
         spent = total_epsilon(before, delta)

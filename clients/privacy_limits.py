@@ -49,11 +49,14 @@ class Spend:
     sample_rate: float = 1.0
 
     @classmethod
-    def of(cls, header: RoundHeader, rows: str, privacy: PrivacyPlan) -> Spend:
-        """The spend of a vector, now."""
+    def of(cls, header: RoundHeader, rows: str, privacy: PrivacyPlan, *, trains: bool) -> Spend:
+        """The spend of a vector, now. trains: whether it is a step; else it is of metrics alone."""
+        kinds = privacy.rounds(*privacy.of_vector(trains=trains)).items()
+        # One kind of round, or several over all units, which are one of the sum.
+        mu2 = math.fsum(count / kind.noise_multiplier**2 for kind, count in kinds if count)
         return cls(
-            header.digest.hex(), rows, header.job, header.training_round, privacy.noise_multiplier**-2, privacy.unit,
-            time.time(), privacy.sample_rate,
+            header.digest.hex(), rows, header.job, header.training_round, mu2, privacy.unit,
+            time.time(), privacy.sample_rate if trains else 1.0,
         )  # fmt: skip
 
     def to_json(self) -> Json:

@@ -17,14 +17,15 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import BeforeValidator, Field, ValidationError
 
+from fedcore.config.private_job import require_privacy
 from fedcore.config.unsupported import refuse_unsupported
 from fedcore.errors import BadInput, UnknownName
 from fedcore.files.toml import Section, found_and_expected, read_tables
 from fedcore.secagg import algorithms, packing, plan, protections
 from fedcore.secagg.encode.pack import limb_count
-from fedcore.secagg.judge_plan import ends_early, judge_plan, refuse_judge
+from fedcore.secagg.judge_plan import ends_early, is_judged, judge_plan, refuse_judge
 from fedcore.secagg.privacy import privacy_plan
-from fedcore.secagg.privacy.privacy_plan import EACH_SITE, PrivacyPlan
+from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
 from fedcore.secagg.site_groups import LEAST_GROUP, group_plan, refuse_groups
 from fedcore.types import Json, SiteId
 
@@ -108,7 +109,7 @@ class PrivacySection(Section):
     that is about: a "record" (one row), a "column" (the rows with one id in the task's group column) or a "site", which
     takes 100 sites or more. clip: the largest L2 norm of a unit's gradient. colluders: sites that may hand over all
     they hold. noise: enough of it in each "sum", or in the vector of each "site". sample_rate: the share of its units
-    that a site takes in a round, drawn by itself."""
+    that a site takes in a round, drawn by itself. metric_share: the part of the budget for the sums of metrics."""
 
     epsilon: float | None = Field(default=None, ge=privacy_plan.LEAST_EPSILON, le=100)
     delta: float = Field(default=1e-5, gt=0, lt=1)
@@ -117,6 +118,7 @@ class PrivacySection(Section):
     colluders: int = Field(default=1, ge=0)
     noise: Literal["sum", "site"] = "sum"
     sample_rate: float = Field(default=1.0, ge=privacy_plan.LEAST_SAMPLE_RATE, le=1)
+    metric_share: float = Field(default=0.0, ge=0, le=0.9)
 
 
 # `validate` was a function of pydantic's models before its version 2.
@@ -434,7 +436,9 @@ def plan_of(
     )  # fmt: skip
     if job.privacy.epsilon is None:
         return found
-    return found.with_privacy(PrivacyPlan.asked(job.privacy).calibrated(each.rounds))
+    return found.with_privacy(
+        PrivacyPlan.asked(job.privacy).calibrated(each.rounds, judged=is_judged(each))
+    )
 
 
 def packing_of(job: Job, sites: int, fields: int | None = None) -> packing.Packing:
@@ -547,7 +551,7 @@ def build_job(*layers: Mapping[str, Any]) -> Job:
     if run.fold >= run.folds:
         raise BadInput(f"fold: found {run.fold}, expected 0 to folds - 1 = {run.folds - 1}")
     protections.refuse_judge(protect.protection, ends=ends_early(sections["round"]))
-    _require_privacy(sections["privacy"], merged["privacy"], protect, sections["round"])
+    require_privacy(sections["privacy"], merged["privacy"], protect, sections["round"])
     rest = (sections["privacy"], sections["round"], sections["track"], sites, base, of_task)
     return Job(run, sections["train"], protect, *rest)
 
@@ -558,34 +562,6 @@ def _settings_of_task(value: Any) -> dict[str, Any]:
             f"task_settings: found {type(value).__name__}, expected a table of settings of the task"
         )
     return {str(name): each for name, each in value.items()}
-
-
-def _require_privacy(
-    section: PrivacySection, given: Mapping[str, Any], protect: ProtectSection, each: RoundSection
-) -> None:
-    if section.epsilon is None:
-        if set_ := [name for name, value in given.items() if value is not None]:
-            raise BadInput(
-                f"privacy.{set_[0]}: found it without privacy.epsilon, expected both",
-                remedy="--epsilon 3 is the budget; without one there is no privacy",
-            )
-        return
-    if protect.range is not None:
-        raise BadInput(
-            f"protect.range: found {protect.range} with privacy.epsilon, expected none",
-            remedy="privacy fixes the range, by privacy.clip and protect.max_examples",
-        )
-    if section.noise == EACH_SITE and section.colluders != PrivacySection().colluders:
-        raise BadInput(
-            f"privacy.colluders: found {section.colluders} with privacy.noise 'site', expected none",
-            remedy="the noise of one site is enough there, whatever all others hand over",
-        )
-    for key in ("keep", "patience"):
-        if (found := getattr(each, key)) not in (None, "last"):
-            raise BadInput(
-                f"round.{key}: found {found!r} with privacy.epsilon, expected none",
-                remedy="a round that is chosen by exact scores tells of the rows that it was judged by, without noise",
-            )
 
 
 def _sites_of(value: Any, base: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from fedcore.learning.app_jobs import of_arm
 from fedcore.learning.device import repeatable
 from fedcore.learning.judging import OVER
 from fedcore.learning.model import single_thread
+from fedcore.learning.private_scores import without_offset
 from fedcore.learning.saved import FILE as MODEL_FILE
 from fedcore.learning.saved import checkpoint_bytes, read_checkpoint
 from fedcore.results import Columns, RoundRow, RunResult
@@ -186,9 +187,9 @@ class Experiment:
         release = self.federated.release
         if name == "federated" and release is not None:
             total = release.total
-            before = transport.finish(
-                total.opened.wides, len(total.survivors), self.federated.target_scale
-            )
+            contributors = len(total.survivors)
+            sums = without_offset(self.prepared.plan, total.opened.wides, contributors)
+            before = transport.finish(sums, contributors, self.federated.target_scale)
             row |= {f"protected_{metric}_before": value for metric, value in before.items()}
         row |= {"gradient_steps": arm.budget.steps, "examples_seen": arm.budget.examples}
         if name in _COMPARED_AT_SITES and len(scoring) <= MOST_SITES_IN_A_ROW:

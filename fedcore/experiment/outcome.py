@@ -35,6 +35,7 @@ from fedcore.learning.data.groups import codes_of
 from fedcore.learning.metrics import Scores, site_mean
 from fedcore.learning.model import model_summary, norm_statistics, single_thread
 from fedcore.learning.own_statistics import WORSE, losses_by_statistics
+from fedcore.learning.private_scores import without_offset
 from fedcore.learning.scoring import pooled
 from fedcore.learning.site import LoadedSite, SiteRows
 from fedcore.learning.state import model_digest
@@ -240,7 +241,8 @@ def _notes_on_judgement(experiment: Experiment) -> list[str]:
 def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
     """The metrics-only round."""
     transport = experiment.prepared.transport
-    if experiment.prepared.plan.privacy is not None:  # sums of metrics would leave without noise
+    plan = experiment.prepared.plan
+    if plan.privacy is not None and not plan.metric_noise:  # they would leave without noise
         return ProtectedMetrics(sites=())
     try:
         release = experiment.federation.measure()
@@ -250,11 +252,12 @@ def _protected_metrics(experiment: Experiment) -> ProtectedMetrics:
     total = release.total
     if experiment.prepared.plan.server.judge is not None:
         experiment.federated.twin = release.twin
-    sums, sites = total.opened.wides, sites_of(experiment.prepared.plan.sites, total.survivors)
+    sites = sites_of(plan.sites, total.survivors)
+    sums = without_offset(plan, total.opened.wides, len(sites))
     metrics = transport.finish(sums, len(sites), experiment.federated.target_scale)
     return ProtectedMetrics(
         metrics,
-        transport.bounds(sums),
+        transport.bounds(sums) if not plan.metric_noise else {},
         transport.clipped(sums),
         tuple(sites),
         confusion=transport.summed_confusion(sums),

@@ -181,7 +181,7 @@ def _cap(plan: RoundPlan, name: str, bits: int) -> int:
     """The largest honest value of one site: the public cap that its bits were made of, where it is known."""
     if name in {"over_range", "over_half_range", "exceeding"}:
         return plan.coordinates
-    if bits == plan.weight_bits:
+    if bits == plan.weight_bits and name not in plan.metric_noise:
         return plan.max_examples
     return (1 << bits) - 1
 

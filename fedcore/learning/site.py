@@ -35,6 +35,7 @@ from fedcore.learning.metric_sums import MetricTransport
 from fedcore.learning.model import FlatModel, build_model, norm_statistics, seeded
 from fedcore.learning.own_statistics import average_own, use_own_statistics
 from fedcore.learning.private_gradients import clipped, clipped_sum, refuse_site
+from fedcore.learning.private_scores import with_metric_noise
 from fedcore.learning.rules import rules_of
 from fedcore.learning.rules.parts import Values
 from fedcore.learning.saved import Module, model_bytes
@@ -540,8 +541,17 @@ class SiteTrainer:
             "over_range": [0],
             "over_half_range": [0],
             EXCEEDS: [0],
-            **self.transport.sums(None),
+            **self._private_metrics(plan, privacy, step, state, entropy, trains=True),
         }
+
+    def _private_metrics(
+        self, plan: RoundPlan, privacy: PrivacyPlan, step: PlannedRound, state: JobState, entropy: Entropy,
+        *, trains: bool,
+    ) -> Mapping[str, list[int]]:  # fmt: skip
+        """The metric sums of the model that the step starts from, with noise; zeros where the plan has none."""
+        if not privacy.measures(trains=trains):
+            return {wide.name: [0] * wide.count for wide in plan.metric_sums}
+        return with_metric_noise(plan, self.metric_sums(step, state), entropy)
 
     def _clipped(
         self, plan: RoundPlan, privacy: PrivacyPlan, step: PlannedRound, state: JobState, entropy: Entropy
@@ -558,9 +568,12 @@ class SiteTrainer:
         return -total
 
     def metrics(self, plan: RoundPlan, step: PlannedRound, state: JobState) -> Contribution:
-        """The metric sums of the model that the step starts from; zeros in a job with privacy."""
+        """The metric sums of the model that the step starts from; with noise in a job with privacy."""
         if plan.privacy is not None:
-            return NO_COORDINATES, self.transport.sums(None)
+            entropy = OsEntropy()
+            return NO_COORDINATES, self._private_metrics(
+                plan, plan.privacy, step, state, entropy, trains=False
+            )
         return NO_COORDINATES, self.metric_sums(step, state)
 
     def metric_sums(self, step: PlannedRound, state: JobState) -> Mapping[str, list[int]]:

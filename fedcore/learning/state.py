@@ -20,6 +20,7 @@ from fedcore.errors import BadInput
 from fedcore.learning.data.statistics import Column, Statistics
 from fedcore.learning.judging import Judgement, judged, kept_model
 from fedcore.learning.optimisers import ServerState, init_state
+from fedcore.learning.private_scores import without_offset
 from fedcore.learning.released import OpenedSum
 from fedcore.learning.rules import rules_of
 from fedcore.secagg.encode.pack import Opened
@@ -128,13 +129,16 @@ class JobState:
         if purpose.trains and plan.train.keeps:
             moved = replace(moved, summed={**self.summed, **dict.fromkeys(survivors, round_)})
         if purpose.measures and plan.server.judge is not None:
-            moved = self._judged(plan.server.judge, moved, opened, last=not purpose.trains)
+            sums = without_offset(plan, opened.wides, len(survivors))
+            moved = self._judged(plan.server.judge, moved, sums, last=not purpose.trains)
         return moved.showing(plan, opened, survivors) if purpose.measures else moved
 
-    def _judged(self, plan: JudgePlan, moved: JobState, opened: Opened, *, last: bool) -> JobState:
+    def _judged(
+        self, plan: JudgePlan, moved: JobState, sums: Mapping[str, Sequence[int]], *, last: bool
+    ) -> JobState:
         """`moved`, with the judgement of this state's model, whose metric sums are in the sum."""
         before, round_ = self.judgement or Judgement(), released_round(self.done)
-        found = judged(plan, before, self.server, round_, opened.wides)
+        found = judged(plan, before, self.server, round_, sums)
         server = kept_model(plan, found, moved.server, last=last)
         return replace(moved, server=server, judgement=found)
 

@@ -13,6 +13,7 @@ sums over all sites, which every site opened anyway; `here`, `alone` and `gained
 from collections.abc import Mapping, Sequence
 
 from fedcore.learning.app_jobs import of_arm
+from fedcore.learning.private_scores import without_offset
 from fedcore.learning.scoring import Scored
 from fedcore.learning.site import SiteTrainer
 from fedcore.learning.state import JobState
@@ -48,6 +49,7 @@ class Tracker:
         gained = {
             n: None if v is None or (w := alone[n]) is None else v - w for n, v in here.items()
         }
+        wides = without_offset(self._plan, wides, sites)
         everywhere = transport.finish(wides, sites, local.target_scale(state))
         row: Json = {
             "round": rounds, "purpose": step.purpose, "sites": sites, "here": here,

@@ -58,7 +58,7 @@ class JudgeSettings(Protocol):
 
 def refuse_judge(settings: JudgeSettings, validate: float | None) -> None:
     """Raise BadInput for settings of [round] that say twice, or not at all, on which rows a round is judged."""
-    if settings.judge == "released":
+    if is_judged(settings):
         if validate is not None:
             raise BadInput(
                 f"round.validate: found {validate:g} with round.judge 'released', expected one of them: the released "
@@ -86,16 +86,21 @@ def refuse_judge(settings: JudgeSettings, validate: float | None) -> None:
         )
 
 
+def is_judged(settings: JudgeSettings) -> bool:
+    """Whether released models are judged, by the metrics that ride in every round."""
+    return settings.judge == "released"
+
+
 def ends_early(settings: JudgeSettings) -> bool:
     """Whether training of a job may end before its last round, by the released metrics."""
     asked = settings.patience is not None or settings.veto is not None
-    return settings.judge == "released" and asked
+    return is_judged(settings) and asked
 
 
 def judge_plan(settings: JudgeSettings, sums: Sequence[Wide]) -> JudgePlan | None:
     """What a plan states of it; None where nobody judges. sums: of the task's metrics. Raises BadInput where the task
     computes these itself."""
-    if settings.judge != "released":
+    if not is_judged(settings):
         return None
     metrics = [name for wide in sums if (name := wide.metric)]
     if not metrics or any(wide.count == 2 and wide.bits == OWN_BITS for wide in sums):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedcore.secagg.algorithms import LEAST_THRESHOLD, algorithm_of, keeps_of, refuse_threshold
-from fedcore.secagg.judge_plan import ends_early
+from fedcore.secagg.judge_plan import ends_early, is_judged
 from fedcore.secagg.plan import RoundPlan, check_threshold, default_threshold
 from fedcore.secagg.privacy.privacy_plan import COLUMN, IN_SUM, RECORD, SITE, PrivacyPlan
 from fedcore.secagg.protections import MIN_SITES, Protection, refuse_roster
@@ -112,7 +112,7 @@ class Terms:
         if job.privacy.epsilon is not None:
             privacy = PrivacyPlan.asked(job.privacy)
             if calibrated:
-                privacy = privacy.calibrated(job.round.rounds)
+                privacy = privacy.calibrated(job.round.rounds, judged=is_judged(job.round))
         return cls(
             protection=protect.protection, sites=sites, threshold=protect.threshold or 0,
             cipher=protect.cipher,
@@ -191,7 +191,7 @@ def _of_group(terms: Terms) -> Terms:
 def _bounded(privacy: PrivacyPlan, threshold: int) -> str:
     """What differential privacy bounds, for whom, and what it does not."""
     whose = {
-        RECORD: "one record among the training rows",
+        RECORD: f"one record among the training {'or test rows' if privacy.metric_share else 'rows'}",
         COLUMN: "one group of rows (one person) at one site among the training rows",
         SITE: "all training rows of one site",
     }[privacy.unit]
@@ -211,6 +211,11 @@ def _bounded(privacy: PrivacyPlan, threshold: int) -> str:
         sampled = (
             f"; each round takes a unit with probability {privacy.sample_rate:g}, of which nobody but its site knows, "
             "and epsilon counts on that"
+        )
+    if privacy.metric_share:
+        sampled += (
+            f"; sums of metrics have noise of multiplier {privacy.metric_multiplier:g} in each of "
+            f"{privacy.metric_releases} releases, of the same budget"
         )
     return (
         f"Bounded by differential privacy, against {against}: what all sums "

@@ -14,7 +14,9 @@ from fedcore.errors import BadInput, PlanRefused, UnknownName
 from fedcore.secagg import algorithms, protections
 from fedcore.secagg.judge_plan import JudgePlan
 from fedcore.secagg.packing import Packing, Ring
-from fedcore.secagg.privacy.privacy_plan import IN_SUM, SITE, NoiseGrid, PrivacyPlan, solve_grid
+from fedcore.secagg.privacy import metric_noise
+from fedcore.secagg.privacy.beside import refuse_beside_privacy
+from fedcore.secagg.privacy.privacy_plan import NoiseGrid, PrivacyPlan, solve_grid
 from fedcore.secagg.protections import Protection, has_lattice
 from fedcore.secagg.site_groups import GroupPlan
 from fedcore.types import Json, SiteId
@@ -364,7 +366,7 @@ class RoundPlan:
         if self.server.groups is not None:
             self._check_groups(self.server.groups)
         if self.privacy is not None:
-            self._check_for_privacy(self.privacy)
+            refuse_beside_privacy(self, self.privacy)
             self._check_privacy(self.privacy)
 
     def _check_groups(self, found: GroupPlan) -> None:
@@ -393,47 +395,12 @@ class RoundPlan:
 
     def with_privacy(self, privacy: PrivacyPlan) -> RoundPlan:
         """This plan, with noise in its sums and the range that goes with it. Raises PlanRefused."""
-        self._check_for_privacy(privacy)
-        train = replace(self.train, privacy=privacy)
-        return replace(self, train=train, range=self._private_range(privacy))
-
-    def _check_for_privacy(self, privacy: PrivacyPlan) -> None:
-        """Raise PlanRefused for what would leave without noise, or would have no effect."""
-        train, masks = self.train, self.layers.masks or privacy.noise != IN_SUM
-        rules = algorithms.algorithm_of(train.algorithm)
-        plain = not (rules.second_block or rules.keeps or rules.own_loop)
-        leaves: list[tuple[str, object, object, str]] = [
-            ("protect.protection", self.protection, self.protection if masks else "layered or masked",
-             "only masks keep a vector with one site's share of the noise from being seen alone; noise = \"site\" has "
-             "enough in each"),
-            ("train.standardise", self.standardise, "ranges", "exact sums of columns have no noise"),
-            ("track.public_metrics", self.public_metrics, False, "exact sums of metrics have no noise"),
-            ("round.judge", "validation" if self.server.judge is None else "released", "validation",
-             "there are no sums of metrics"),
-            ("round.aggregate", "mean" if self.server.groups is None else "trimmed", "mean",
-             "the noise is sized for one sum over all sites"),
-            ("train.algorithm", train.algorithm, train.algorithm if plain else "averaging",
-             "its rules are of steps at the sites, and of vectors without noise"),
-            ("train.local_parameters", train.local_parameters, (), "every parameter is in the clipped gradients"),
-            ("model", f"{self.buffer_coordinates} buffer coordinates", "0 buffer coordinates",
-             "running statistics (BatchNorm) mix rows, so no row has a gradient of its own: use GroupNorm or "
-             "LayerNorm"),
-        ]  # fmt: skip
-        of_steps: list[tuple[str, object, object, str]] = [
-            ("train.epochs", train.epochs, 1, "a round is one step along the gradients of all rows"),
-            ("train.optimiser", train.optimiser, "sgd", "a round is one step, by the server's optimiser"),
-            ("train.momentum", train.momentum, 0.0, 'round.server = "fedavgm" has momentum'),
-            ("train.proximal_mu", train.proximal_mu, 0.0, "one step leads nowhere to be pulled back from"),
-            ("train.max_grad_norm", train.max_grad_norm, None, "privacy.clip is the norm of each row's gradient"),
-            ("train.lr_schedule", train.lr_schedule, "constant", "the grid of the sum is fixed"),
-            ("train.warmup_rounds", train.warmup_rounds, 0, "the grid of the sum is fixed"),
-        ]  # fmt: skip
-        for setting, found, expected, why in leaves + (of_steps if privacy.unit != SITE else []):
-            if found != expected:
-                raise PlanRefused(
-                    f"{setting}: found {found} with privacy.epsilon, expected {expected}",
-                    remedy=why,
-                )
+        refuse_beside_privacy(self, privacy)
+        sums = self.metric_sums
+        if privacy.metric_share:
+            sums = metric_noise.with_room(sums, privacy, self.threshold)
+        train, private = replace(self.train, privacy=privacy), self._private_range(privacy)
+        return replace(self, train=train, range=private, metric_sums=sums)
 
     def _check_privacy(self, privacy: PrivacyPlan) -> None:
         """Raise PlanRefused where noise, range and room do not go together."""
@@ -449,6 +416,13 @@ class RoundPlan:
         assert self.privacy is not None
         return self._grid(self.privacy)
 
+    @cached_property
+    def metric_noise(self) -> dict[str, metric_noise.MetricNoise]:
+        """{name of a metric's sums: the noise in them}; empty where they have none."""
+        if self.privacy is None:
+            return {}
+        return metric_noise.noise_of(self.metric_sums, self.privacy, self.threshold)
+
     def _grid(self, privacy: PrivacyPlan) -> NoiseGrid:
         return solve_grid(
             privacy, coordinates=self.coordinates, threshold=self.threshold,
@@ -458,9 +432,11 @@ class RoundPlan:
     def _private_range(self, privacy: PrivacyPlan) -> RangePlan:
         """The fixed range whose steps are those of the grid, where a site's vector is its clipped sum times
         `PrivacyPlan.scale`: the mean of these over the sites is the step, divided by a number that is public."""
+        # Metrics ride in every round at most, and once after it.
+        riding = 2 * sum(wide.count for wide in self.metric_sums) if privacy.metric_share else 0
         privacy.check(
-            rounds=self.rounds, values=self.coordinates * self.per_round, threshold=self.threshold,
-            sites=self.per_round, max_examples=self.max_examples,
+            rounds=self.rounds, threshold=self.threshold, sites=self.per_round, max_examples=self.max_examples,
+            values=(self.coordinates + riding) * self.per_round,
         )  # fmt: skip
         step = (
             privacy.clip

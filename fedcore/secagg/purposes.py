@@ -15,6 +15,7 @@ from fedcore.errors import UnknownName
 from fedcore.learning.data.statistics import statistics_vector
 from fedcore.learning.released import OpenedSum, applied, calibrated, measured, standardised
 from fedcore.secagg.algorithms import algorithm_of
+from fedcore.secagg.judge_plan import is_judged
 from fedcore.secagg.plan import RoundPlan, VectorSpec
 from fedcore.secagg.privacy.privacy_plan import IN_SUM, SITE, PrivacyPlan
 
@@ -56,6 +57,16 @@ class Purpose:
 
 _TEST = "the sums of this site's metrics on its test rows"
 _ZEROS = "and zeros in the place of counts and metrics"
+
+
+_METRIC_NOISE = ", with a share of the noise in them"
+
+
+def _beside(job: Job) -> str:
+    """What is beside a clipped sum with noise."""
+    if not (job.privacy.metric_share and is_judged(job.round)):
+        return _ZEROS
+    return f"{_TEST}{_METRIC_NOISE}, and zeros in the place of counts"
 
 
 def _times(rounds: int) -> str:
@@ -126,7 +137,7 @@ PURPOSES = {
             contribute=lambda site, plan, step, state: site.update(plan, step, state),
             apply=applied,
             leaving=lambda job, terms: (
-                f"update ({_times(job.round.rounds)}): {_with_noise(terms.privacy)}, {_ZEROS}"
+                f"update ({_times(job.round.rounds)}): {_with_noise(terms.privacy)}, {_beside(job)}"
                 if terms.privacy is not None
                 else f"update ({_times(job.round.rounds)}): how training here changed the parameters of the "
                 f"model{_but_for(job)}, {_second_block(job)}the number of training rows, how many coordinates exceed "
@@ -138,13 +149,16 @@ PURPOSES = {
         Purpose(
             "metrics",
             rounds=lambda plan, columns: range(
-                plan.rounds + 1, plan.rounds + (1 if plan.privacy is not None else 2)
+                plan.rounds + 1,
+                plan.rounds + (2 if plan.privacy is None or plan.privacy.metric_share else 1),
             ),
             vector=lambda plan, columns: plan.metrics_vector,
             contribute=lambda site, plan, step, state: site.metrics(plan, step, state),
             apply=measured,
             leaving=lambda job, terms: (
-                f"metrics (one sum, after the last round): {_TEST}" if terms.privacy is None else ""
+                f"metrics (one sum, after the last round): {_TEST}{_METRIC_NOISE if terms.privacy else ''}"
+                if terms.privacy is None or terms.privacy.metric_share
+                else ""
             ),
             measures=True,
         ),

@@ -76,9 +76,11 @@ def _auc_finish(sums: Values) -> float | None:
     """Trapezoid area, rows of one bin counting as ties (1/2): see `auc_error_bound`.
 
     With more than two classes: the unweighted mean over the classes that have both positives and
-    negatives. None if there is no such class, that is if all rows are of one class.
+    negatives. None if there is no such class, that is if all rows are of one class. Within 0 and 1 for bins with noise
+    in them, too, of which some are negative.
     """
-    return _mean_of_problems(sums, lambda n, p: p * (2 * np.cumsum(n) - n))
+    found = _mean_of_problems(sums, lambda n, p: p * (2 * np.cumsum(n) - n))
+    return None if found is None else min(1.0, max(0.0, found))
 
 
 def auc_error_bound(sums: Values) -> float | None:

@@ -75,9 +75,15 @@ def _mu2(rounds: tuple[tuple[Round, int], ...]) -> float:
 
 
 @lru_cache(maxsize=256)
-def noise_multiplier(epsilon: float, delta: float, rounds: int, sample_rate: float = 1.0) -> float:
-    """The smallest z, in steps of 0.0001, or 0.001 over samples, with which so many rounds cost at most epsilon at
-    this delta.
+def noise_multiplier(
+    epsilon: float,
+    delta: float,
+    rounds: int,
+    sample_rate: float = 1.0,
+    besides: tuple[tuple[Round, int], ...] = (),
+) -> float:
+    """The smallest z, in steps of 0.0001, or 0.001 over samples, with which so many rounds, and others `besides` them
+    over all units, cost at most epsilon at this delta.
 
     The steps make it the same number on machines whose functions differ in the last bits.
     """
@@ -85,8 +91,9 @@ def noise_multiplier(epsilon: float, delta: float, rounds: int, sample_rate: flo
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if epsilon_of(middle, delta) <= epsilon else (low, middle)
-    z = math.ceil(math.sqrt(rounds) / low * 1e4) / 1e4
-    if epsilon_of(mu_of(z, rounds), delta) > epsilon:
+    left = math.sqrt(low * low - _mu2(besides))
+    z = math.ceil(math.sqrt(rounds) / left * 1e4) / 1e4
+    if epsilon_of(math.sqrt(mu_of(z, rounds) ** 2 + _mu2(besides)), delta) > epsilon:
         z += 1e-4
     if sample_rate == 1:
         return z
@@ -94,7 +101,9 @@ def noise_multiplier(epsilon: float, delta: float, rounds: int, sample_rate: flo
     below, enough = 0, math.ceil(z * 1000)
     while enough - below > 1:
         middle_z = (below + enough) // 2
-        cost = epsilon_of_rounds({Round(middle_z / 1000, sample_rate): rounds}, delta)
+        cost = epsilon_of_rounds(
+            {Round(middle_z / 1000, sample_rate): rounds, **dict(besides)}, delta
+        )
         below, enough = (below, middle_z) if cost <= epsilon else (middle_z, enough)
     return enough / 1000
 

@@ -13,6 +13,7 @@ differ from the exact ones by less than one unit in each of d coordinates.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -58,14 +59,17 @@ class PrivacySettings(Protocol):
     def noise(self) -> str: ...
     @property
     def sample_rate(self) -> float: ...
+    @property
+    def metric_share(self) -> float: ...
 
 
 @dataclass(frozen=True)
 class PrivacyPlan:
     """epsilon, delta: what all rounds of the job cost a unit, adjacency: add or remove one. clip: C, the largest L2
     norm of a unit's gradient, or of a site's update where the unit is a site. unit: one of UNITS. colluders: c.
-    noise_multiplier: z, calibrated for the rounds. noise: one of NOISE. sample_rate: q, the probability with which a
-    unit is in a round, of which only its site knows.
+    noise_multiplier: z, calibrated for the rounds. metric_share: of the budget, in terms of 1 / z^2, for the sums of
+    metrics, which are released metric_releases times with noise of metric_multiplier; 0: never. noise: one of NOISE.
+    sample_rate: q, the probability with which a unit is in a round, of which only its site knows.
 
     Raises BadInput for values outside their ranges.
     """
@@ -78,6 +82,9 @@ class PrivacyPlan:
     noise_multiplier: float
     noise: str = IN_SUM
     sample_rate: float = 1.0
+    metric_share: float = 0.0
+    metric_multiplier: float = 0.0
+    metric_releases: int = 0
 
     def __post_init__(self) -> None:
         for name, holds, expected in (
@@ -86,6 +93,12 @@ class PrivacyPlan:
             ("clip", 0 < self.clip < math.inf, "above 0"),
             ("colluders", self.colluders >= 0, "0 or more"),
             ("noise_multiplier", 0 < self.noise_multiplier < math.inf, "above 0"),
+            (
+                "metric_share",
+                self.metric_share == 0 or (0 < self.metric_share <= 0.9 and self.unit == RECORD),
+                "0 to 0.9, and 0 with another unit than 'record': how many test rows a person or a site has is not "
+                "bounded",
+            ),
             ("unit", self.unit in UNITS, " or ".join(UNITS)),
             ("noise", self.noise in NOISE, " or ".join(NOISE)),
             (
@@ -104,26 +117,48 @@ class PrivacyPlan:
         """What a job asks for, with a noise multiplier of 1 until it is `calibrated`. Raises BadInput."""
         assert job.epsilon is not None
         rest = (job.delta, job.clip, job.unit, job.colluders)
-        return cls(job.epsilon, *rest, 1.0, job.noise, job.sample_rate)
+        return cls(job.epsilon, *rest, 1.0, job.noise, job.sample_rate, job.metric_share)
 
-    def calibrated(self, rounds: int) -> PrivacyPlan:
-        """With the smallest noise for which so many rounds cost at most epsilon."""
-        z = accounting.noise_multiplier(
-            self.epsilon, self.accounted_delta, rounds, self.sample_rate
+    def calibrated(self, rounds: int, *, judged: bool = False) -> PrivacyPlan:
+        """With the smallest noise for which so many rounds, and the metrics, cost at most epsilon. judged: whether the
+        metrics ride in every round, and are not released once at the end only."""
+        budget = self.epsilon, self.accounted_delta
+        if not self.metric_share:
+            z = accounting.noise_multiplier(*budget, rounds, self.sample_rate)
+            return replace(self, noise_multiplier=z)
+        releases = rounds + 1 if judged else 1
+        of_all = accounting.noise_multiplier(*budget, 1)
+        # A little more noise than the share would need, in steps that are the same on every machine.
+        z = math.ceil(of_all * math.sqrt(releases / self.metric_share) * 1e4) / 1e4
+        besides = ((Round(z), releases),)
+        of_rounds = accounting.noise_multiplier(*budget, rounds, self.sample_rate, besides)
+        return replace(
+            self, noise_multiplier=of_rounds, metric_multiplier=z, metric_releases=releases
         )
-        return replace(self, noise_multiplier=z)
 
     @property
     def accounted_delta(self) -> float:
         """The delta that the rounds are accounted at: without what the sampler's distance costs."""
         return self.delta * (1 - _SPARE)
 
-    def rounds(self, count: int) -> Mapping[Round, int]:
-        """So many rounds, as the accounting counts them."""
-        return {Round(self.noise_multiplier, self.sample_rate): count}
+    def rounds(self, count: int, measured: int | None = None) -> Mapping[Round, int]:
+        """So many rounds and releases of metrics, by default those of the whole job, as the accounting counts them."""
+        measured = self.metric_releases if measured is None else measured
+        found = Counter({Round(self.noise_multiplier, self.sample_rate): count})
+        if measured:
+            found[Round(self.metric_multiplier)] += measured
+        return found
+
+    def of_vector(self, *, trains: bool) -> tuple[int, int]:
+        """(rounds, releases of metrics) that a vector is."""
+        return (1, int(self.metric_releases > 1)) if trains else (0, 1)
+
+    def measures(self, *, trains: bool) -> bool:
+        """Whether such a vector has sums of metrics in it."""
+        return self.metric_releases > 0 and self.of_vector(trains=trains)[1] > 0
 
     def spent(self, rounds: int) -> float:
-        """Epsilon of so many rounds at the plan's delta."""
+        """Epsilon of so many rounds, and of all metrics, at the plan's delta."""
         return accounting.epsilon_of_rounds(self.rounds(rounds), self.accounted_delta)
 
     def shares(self, threshold: int) -> int:

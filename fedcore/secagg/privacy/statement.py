@@ -14,6 +14,7 @@ from fedcore.types import Json
 
 if TYPE_CHECKING:
     from fedcore.secagg.plan import RoundPlan
+    from fedcore.secagg.privacy.privacy_plan import PrivacyPlan
 
 WHOSE = {
     RECORD: "one row among the training rows of one site",
@@ -36,6 +37,17 @@ FIELDS = {
     "quantiles": ("absent", "no vector has any"),
 }
 """{what a vector has a place for: (noised, public, absent or refused, why)}."""
+
+
+def fields_of(privacy: PrivacyPlan) -> dict[str, tuple[str, str]]:
+    """FIELDS of such a plan."""
+    if not privacy.metric_share:
+        return FIELDS
+    when = "after the last round"
+    if privacy.measures(trains=True):
+        when = "in every round, and after the last one"
+    noised = ("noised", f"{when}, with noise from privacy.metric_share of the budget")
+    return {name: noised if name == "metrics" else field for name, field in FIELDS.items()}
 
 
 def statement(plan: RoundPlan, rows: int) -> Json:
@@ -63,7 +75,7 @@ def statement(plan: RoundPlan, rows: int) -> Json:
     ratio = noise * math.sqrt(plan.coordinates) / signal if signal else None
     return {
         "unit": privacy.unit,
-        "unit_is": WHOSE[privacy.unit],
+        "unit_is": WHOSE[privacy.unit] + (" or its test rows" if privacy.metric_share else ""),
         "adjacency": "add or remove one unit",
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
@@ -74,6 +86,14 @@ def statement(plan: RoundPlan, rows: int) -> Json:
         "mechanism": f"discrete Gaussian noise {where}",
         "noise": privacy.noise,
         "noise_multiplier": privacy.noise_multiplier,
+        "metrics": None if not privacy.metric_share else {
+            "share": privacy.metric_share, "noise_multiplier": privacy.metric_multiplier,
+            "releases": privacy.metric_releases,
+            "noise_in_a_sum": {
+                name.partition(":")[2]: each.sigma / each.grain * math.sqrt(sites)
+                for name, each in plan.metric_noise.items()
+            },
+        },
         "clip": privacy.clip,
         "sample_rate": privacy.sample_rate,
         "sample_hidden": hidden,
@@ -82,7 +102,7 @@ def statement(plan: RoundPlan, rows: int) -> Json:
         "sees_without_noise": "each site its own rows; nobody a sum, a count or a score"
         if in_sum
         else "each site its own rows; nobody a vector, a sum, a count or a score",
-        "fields": {name: {"is": kind, "because": why} for name, (kind, why) in FIELDS.items()},
+        "fields": {name: {"is": kind, "because": why} for name, (kind, why) in fields_of(privacy).items()},
         "predicted": {
             "units": units,
             "noise_in_a_sum": noise,
@@ -91,6 +111,14 @@ def statement(plan: RoundPlan, rows: int) -> Json:
             "rounding": grid.rounding,
         },
     }  # fmt: skip
+
+
+def _metric_line(found: Json) -> str:
+    noise = ", ".join(f"{name} {rows:.3g}" for name, rows in found["noise_in_a_sum"].items())
+    return (
+        f"metrics: {found['share']:g} of the budget for {found['releases']} releases, multiplier "
+        f"{found['noise_multiplier']:g}; noise of a count of all sites' test rows, standard deviation: {noise}"
+    )
 
 
 def statement_lines(found: Json) -> list[str]:
@@ -113,6 +141,7 @@ def statement_lines(found: Json) -> list[str]:
         f"{found['epsilon']:g}; {found['accountant']}; {found['epsilon_by_renyi']:.4g} by Renyi divergences)",
         f"mechanism: {found['mechanism']}, multiplier {found['noise_multiplier']:g}, clip norm {found['clip']:g}",
         *([sample] if sampled else []),
+        *([] if found["metrics"] is None else [_metric_line(found["metrics"])]),
         f"holds against: {found['against']}",
         f"if: {found['assumes']}",
         f"sees values without noise: {found['sees_without_noise']}",

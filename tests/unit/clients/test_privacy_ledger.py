@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 from fedcore_clients.ledger import LEDGER_FILE, Ledger, read_spends
@@ -266,6 +267,23 @@ def test_job_above_the_floor_of_a_policy_or_without_privacy_is_refused(key):
         assert f"policy.{key}" in str(refused)
     offer = job_messages.JobOffer("job", "bench", "0" * 64, canonical(settings(epsilon=2)))
     assert policy.on_offer(offer) is None
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_metrics_of_a_job_are_spent_once_and_not_planned_again(judged):
+    """All its vectors together are what its plan states, and after each the policy still has room for the rest."""
+    section = PrivacySection(epsilon=3, metric_share=0.3)
+    plan = PrivacyPlan.asked(section).calibrated(4, judged=judged)
+    policy, spent = policy_of(4, lifetime_epsilon=3.0), []
+    header = RoundHeader("f", "job", 1, 1, 1, "update", ("a", "b"), "", 2, "masked", "d" * 64)
+    for number in range(1, 6):
+        trains, left = number <= 4, 4 - min(4, number - 1)
+        releases = plan.metric_releases - (number - 1 if judged else 0)
+        assert policy.on_spend(plan, left, spent, releases) is None
+        if number < 5:
+            assert policy.on_spend(plan, left + 1, spent, releases) is not None
+        spent.append(Spend.of(replace(header, round=number), ROWS, plan, trains=trains))
+    assert total_epsilon(spent, plan.accounted_delta) == pytest.approx(plan.spent(4))
 
 
 def test_jobs_of_another_unit_are_not_added_up():

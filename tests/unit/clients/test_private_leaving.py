@@ -57,6 +57,29 @@ NOT_OF_ROWS = {
 docs/privacy.md for what that leaves."""
 
 
+JUDGED = {"judge": "released", "patience": 2}
+
+
+@pytest.mark.parametrize("settings", [{}, JUDGED])
+def test_metrics_with_noise_of_their_own_are_the_only_sums_of_test_rows(settings):
+    """Released once at the end, or in every round where they are judged: never without noise."""
+    task, job = job_for(None, {**PRIVATE, "metric_share": 0.2, **settings})
+    found = prepare(task, job)
+    plan, site = found.plan, found.federation.sites[0]
+    vectors = [each.name for each in OutgoingList(plan, 0, 4).items() if each.kind == "vector"]
+    assert vectors == ["update", "metrics"]
+    for purpose in vectors:
+        step, noised = PlannedRound(purpose, 1), bool(settings) or purpose == "metrics"
+        one, other = (site.contribute(plan, step, found.federation.state)[1] for _ in range(2))
+        for wide in plan.metric_sums:
+            assert (list(one[wide.name]) != list(other[wide.name])) == noised
+            assert any(one[wide.name]) == noised
+    said = statement(plan, 700)
+    assert said["fields"]["metrics"]["is"] == "noised"
+    assert said["metrics"]["releases"] == (5 if settings else 1)
+    assert said["unit_is"].endswith("or its test rows")
+
+
 @pytest.fixture(scope="module")
 def private():
     task, job = job_for(None, PRIVATE)

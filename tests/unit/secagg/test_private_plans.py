@@ -113,6 +113,8 @@ def test_what_would_leave_without_noise_or_have_no_effect_is_refused_by_name(set
         ({"sample_rate": 1.1}, "privacy.sample_rate"),
         ({"validate": 0.2, "keep": "best"}, "round.keep: found 'best' with privacy.epsilon"),
         ({"validate": 0.2, "patience": 3}, "round.patience: found 3 with privacy.epsilon"),
+        ({"metric_share": 1}, "privacy.metric_share: found 1"),
+        ({"epsilon": None, "metric_share": 0.2}, "privacy.metric_share: found it without privacy"),
     ],
 )
 def test_bad_settings_are_refused_with_their_path(settings, found):
