@@ -2,9 +2,7 @@
 
 The adversary has the model, the row with its class, and other rows of the same kind. `quantile` learns from rows that
 were not trained on how sure such a model is of a row like this one (Bertran et al. 2023, arXiv:2307.03694, with a
-Gaussian whose mean and spread are linear in the row). `lira` trains reference models of its own on random halves of all
-rows, and holds the confidence against that of the references with the row and of those without it (Carlini et al. 2022,
-arXiv:2112.03570, algorithm 1, with one spread for all rows since the references are few).
+Gaussian whose mean and spread are linear in the row). Attacks with models of their own are in `reference_models.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from fedcore.learning.confidence import confidences
 from fedcore.learning.data.rows import ArrayRows, pool
 from fedcore.learning.model import single_thread
 from fedcore.learning.state import model_digest
-from fedcore.learning.training import OwnModel
 from fedcore.results import AttackRow, RocCurve
 from fedcore.seeds import generator
 
@@ -83,17 +80,13 @@ def too_few(others: int, rate: float) -> str:
 
 def quantile(scene: Scene) -> Iterator[AttackRow | RocCurve]:
     """Confidence against what rows that were not trained on lead one to expect."""
-    yield from _attacked("membership-quantile", scene, _against_expected)
+    yield from membership_rows("membership-quantile", scene, _against_expected)
 
 
-def lira(scene: Scene) -> Iterator[AttackRow | RocCurve]:
-    """Confidence against reference models with and without the row."""
-    yield from _attacked("membership-lira", scene, _against_references)
-
-
-def _attacked(
+def membership_rows(
     name: str, scene: Scene, attack: Callable[[Scene, ReleasedModel], tuple[Scores, Scores]]
 ) -> Iterator[AttackRow | RocCurve]:
+    """Figures of the scores of members and of others, and their ROC curve, for each protection."""
     if scene.inputs.labels() is None:
         yield AttackRow(
             name, "anyone", "the model", scene.job.protect.protection, "", 0, "ROC-AUC",
@@ -139,7 +132,7 @@ def _against_expected(scene: Scene, found: ReleasedModel) -> tuple[Scores, Score
     rng = generator(scene.seed, 0, "", "membership folds")
     fold = rng.permutation(len(other)) % _FOLDS
     chosen = rng.integers(_FOLDS, size=len(member))
-    both = _features(_together(found))
+    both = _features(together(found))
     features = both[len(member) :], both[: len(member)]
     scores = np.empty(len(member)), np.empty(len(other))
     for k in range(_FOLDS):
@@ -156,7 +149,7 @@ def _against_expected(scene: Scene, found: ReleasedModel) -> tuple[Scores, Score
     return scores
 
 
-def _together(found: ReleasedModel) -> ArrayRows:
+def together(found: ReleasedModel) -> ArrayRows:
     """Members, then others."""
     both = pool([found.members, found.others])
     assert isinstance(both, ArrayRows)
@@ -173,43 +166,6 @@ def _features(rows: ArrayRows) -> NDArray[np.float64]:
 
 def _ridge(x: NDArray[np.float64], y: Scores) -> Scores:
     return np.asarray(np.linalg.solve(x.T @ x + _RIDGE * np.eye(x.shape[1]), x.T @ y), np.float64)
-
-
-def _against_references(scene: Scene, found: ReleasedModel) -> tuple[Scores, Scores]:
-    """Log-likelihood ratios under references with and without each row."""
-    both = _together(found)
-    count, pairs = len(both), scene.effort.reference_pairs
-    sure: list[Scores] = []
-    inside: list[NDArray[np.bool_]] = []
-    rng = generator(scene.seed, 0, "", "membership halves")
-    with single_thread():
-        for _ in range(pairs):
-            # A half and the other half, so that each row is in half of the references.
-            half = rng.permutation(count) < count // 2
-            for mine in (half, ~half):
-                sure.append(
-                    _reference(scene, found.prepared, both, np.flatnonzero(mine), len(sure))
-                )
-                inside.append(mine)
-    values, is_in = np.array(sure), np.array(inside)
-    with_row, without = ((values * mask).sum(axis=0) / mask.sum(axis=0) for mask in (is_in, ~is_in))
-    left = np.where(is_in, values - with_row, values - without)
-    spread = math.sqrt(float((left**2).sum()) / (left.size - 2 * count)) + 1e-9
-    here = np.concatenate(found.sure)
-    score = ((here - without) ** 2 - (here - with_row) ** 2) / (2 * spread**2)
-    return score[: len(found.members)], score[len(found.members) :]
-
-
-def _reference(
-    scene: Scene, prepared: Prepared, rows: ArrayRows, picked: NDArray[np.int64], number: int
-) -> Scores:
-    """How sure a model that is trained on some rows, as one party, is of all."""
-    plan = prepared.plan
-    initial = prepared.federation.sites[0].initial
-    model = OwnModel(scene.task, prepared.flat, initial, plan.train, plan.rounds)
-    for round_ in range(1, plan.rounds + 1):
-        model.train(rows.take(picked), seed=scene.seed, round_=round_, site=f"reference {number}")
-    return confidences(scene.task, model.module, rows)
 
 
 def _rows(

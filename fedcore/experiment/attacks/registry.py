@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 from fedcore.config import Job
 from fedcore.errors import UnknownName, require_extra
-from fedcore.experiment.attacks import lying_site, membership, one_run_audit, reconstruction
+from fedcore.experiment.attacks import (
+    lying_site,
+    membership,
+    one_run_audit,
+    reconstruction,
+    reference_models,
+    source,
+)
 from fedcore.experiment.attacks.scene import PRESETS, Scene
 from fedcore.learning.task import Task
 from fedcore.results import AttackResult, AttackRow, Reconstruction, RocCurve
@@ -31,8 +38,12 @@ ATTACKS: dict[str, Attack] = {
         "training rows told by a surer model than expected of them", membership.quantile
     ),
     "membership-lira": Attack(
-        "training rows told by models with and without them", membership.lira
+        "training rows told by models with and without them", reference_models.lira
     ),
+    "membership-rmia": Attack(
+        "training rows told by two models, beside other rows", reference_models.rmia
+    ),
+    "source": Attack("whose rows they are, from the updates of all sites", source.source),
     "audit-step": Attack("the noise of one protected round, by canaries", one_run_audit.step),
     "audit-training": Attack(
         "the noise of all rounds, by rows of one site", one_run_audit.training

@@ -73,6 +73,7 @@ class Effort:
     search: Search = field(default_factory=lambda: Search(steps=200))
     behind: Search = field(default_factory=lambda: Search(steps=400, starts=4))
     reference_pairs: int = 2
+    """Of the likelihood ratio."""
 
 
 PRESETS = {
@@ -145,7 +146,9 @@ class Scene:
     def prior(self) -> Prior:
         """What the adversary takes rows to be like: learnt on the test rows of all sites, which stand for public rows
         of the same kind and are trained on nowhere."""
-        tested = pool([site.test for site in self.prepared.sites])
+        tested = pool(
+            [s.test for s in self.prepared.sites if len(s.test)] or [self.inputs.take(np.arange(0))]
+        )
         assert isinstance(tested, ArrayRows)
         return Prior.of(tested.x.numpy(), self.picture, self.span)
 

@@ -32,7 +32,7 @@ def remembered():
     )
 
 
-ATTACKS = ["membership-quantile", "membership-lira"]
+ATTACKS = ["membership-quantile", "membership-lira", "membership-rmia"]
 
 
 @cache
@@ -79,6 +79,15 @@ def test_a_rate_that_the_rows_do_not_show_has_no_figure(attack):
     (found,) = rows(attacked(), attack, "masked", "true positives at 0.1% false ones")
     assert found.value is None
     assert "found 330 rows that were not trained on, expected at least 2,995" in found.refused
+
+
+def test_sites_rows_are_told_by_their_uploads_and_not_by_protected_ones():
+    layer = {"protection": "masked", "lr": 0.5, "epochs": 10, "rounds": 2}
+    plain, masked = run_attacks(*job_for(remembered(), layer), ["source"]).rows
+    assert (plain.protection, masked.protection) == ("plain", "masked")
+    assert plain.beyond_chance
+    assert plain.low > 0.6 > plain.chance == pytest.approx(1 / 3)
+    assert masked.value < 0.6  # keys are new each time: 11 standard errors above chance
 
 
 def test_a_rate_that_is_asked_for_is_refused_before_anything_runs():
