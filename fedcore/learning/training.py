@@ -99,13 +99,18 @@ class Sgd(Functional):
     @torch.no_grad()
     def step(self) -> None:
         used = self._used()
-        momenta = [self._momenta[i] for i, _, _ in used]
+        parameters = [parameter for _, parameter, _ in used]
         gradients = [gradient for _, _, gradient in used]
+        rate, plan = self.param_groups[0]["lr"], self._plan
+        if used and not (plan.momentum or plan.weight_decay):
+            # What `sgd` does to one after the other with these settings, by one call.
+            torch._foreach_add_(parameters, gradients, alpha=-rate)
+            return
+        momenta = [self._momenta[i] for i, _, _ in used]
         sgd(
-            [p for _, p, _ in used], gradients, momenta,
+            parameters, gradients, momenta,
             has_sparse_grad=any(gradient.is_sparse for gradient in gradients),
-            weight_decay=self._plan.weight_decay, momentum=self._plan.momentum,
-            lr=self.param_groups[0]["lr"],
+            weight_decay=plan.weight_decay, momentum=plan.momentum, lr=rate,
             dampening=0.0, nesterov=False, maximize=False,
         )  # fmt: skip
         for (i, _, _), momentum in zip(used, momenta, strict=True):

@@ -142,7 +142,7 @@ def test_every_kind_of_model_and_loss_gives_the_updates_of_training_one_by_one(t
     assert_same(*both_ways(prepared(make_task(**TASKS[task]), **more)))
 
 
-def test_an_update_does_not_depend_on_the_sites_that_it_is_stacked_with():
+def test_the_sites_that_a_site_is_stacked_with_change_its_update_by_rounding_only():
     run = prepared()
     sites = run.federation.sites
     _, (whole, _) = both_ways(run)
