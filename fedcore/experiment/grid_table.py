@@ -28,6 +28,7 @@ from fedcore.results import (
     SitesSpread,
     SplitResult,
 )
+from fedcore.secagg.privacy.privacy_plan import EACH_SITE, IN_SUM
 from fedcore.types import Json
 
 Facts = Mapping[str, Any]
@@ -50,7 +51,34 @@ def grid_cells(
             (known[other.number][0] for other in _without_privacy(cell, cells) if other.number in known),
             None,
         )  # fmt: skip
-        yield _filled(cell, result, facts, prices, base)
+        filled = _filled(cell, result, facts, prices, base)
+        if (inside := _noise_inside(cell, cells, known)) is not None:
+            ratio = facts["test_fraction_ratio"]
+            local = _paired(result, inside, filled.metric, "federated", ratio)
+            filled = replace(filled, bound=replace(filled.bound, local=local))
+        yield filled
+
+
+def _noise_inside(
+    cell: GridCell, cells: Sequence[GridCell], known: Mapping[int, tuple[ComparisonResult, Facts]]
+) -> ComparisonResult | None:
+    """The result with the same budget and noise inside the sum; None for a cell that has not noise of each site."""
+    mine = _privacy_of(known[cell.number][0])
+    if mine.get("noise") != EACH_SITE:
+        return None
+    for other in cells:
+        if other.names[:4] == cell.names[:4] and other.number in known:
+            found = known[other.number][0]
+            theirs = _privacy_of(found)
+            same = all(theirs.get(key) == mine[key] for key in ("epsilon", "delta", "unit"))
+            if same and theirs["noise"] == IN_SUM:
+                return found
+    return None
+
+
+def _privacy_of(result: ComparisonResult) -> Json:
+    found: Json = result.plan.get("train", {}).get("privacy") or {}
+    return found
 
 
 def _without_privacy(cell: GridCell, cells: Sequence[GridCell]) -> list[GridCell]:

@@ -96,6 +96,7 @@ def lost_tables(result: GridResult) -> list[Grid]:
     for group, cells in groups(result).items():
         parts = [part for part in phrases.PARTS if any(cell.gap_of(part) for cell in cells)]
         held = any(cell.bound.dp is not None for cell in cells)
+        local = any(cell.bound.local is not None for cell in cells)
         metric = phrases.metric_name(cells[0].metric)
         head = [
             "",
@@ -105,6 +106,7 @@ def lost_tables(result: GridResult) -> list[Grid]:
             "lost",
             *parts,
             *(["no privacy"] if held else []),
+            *(["noise in the sum"] if local else []),
         ]
         rows = []
         for cell in cells:
@@ -113,6 +115,7 @@ def lost_tables(result: GridResult) -> list[Grid]:
             row.append(_part(cell, cell.gap_of("total")))
             row += [_part(cell, cell.gap_of(part)) for part in parts]
             row += [_part(cell, cell.bound.dp)] if held else []
+            row += [_part(cell, cell.bound.local)] if local else []
             rows.append(tuple(row))
         note = (
             f"{phrases.capitalised(metric)}; losses {phrases.in_units(cells, {cells[0].metric})}."
@@ -121,6 +124,10 @@ def lost_tables(result: GridResult) -> list[Grid]:
             note += f" Means over {_splits(cells)}, with 95 % intervals."
         if held:
             note += " no privacy: what is lost against the same cell without it, whose rounds and rates are others."
+        if local:
+            note += (
+                " noise in the sum: what noise of each site lost against it at the same epsilon."
+            )
         found.append(Grid(title(group, cells), tuple(head), tuple(rows), note))
     return found
 

@@ -54,12 +54,14 @@ class CellSize(JsonRecord):
 @dataclass(frozen=True, kw_only=True)
 class PrivacyBound(JsonRecord):
     """Of a cell with privacy. epsilon: of all rounds; dp: what privacy lost against the cell without it; lost:
-    everything together against pooling without it. Both over the splits that the two cells share, None without such a
-    cell."""
+    everything together against pooling without it; local: of a cell with noise in each site's vector, what that lost
+    against the cell of the same budget with noise inside the sum. Each over the splits that the two cells share, None
+    without such a cell."""
 
     epsilon: float | None = None
     dp: Interval | None = None
     lost: Interval | None = None
+    local: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

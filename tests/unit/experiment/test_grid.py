@@ -13,6 +13,7 @@ from fedcore.errors import AlreadyExists, BadInput, UnknownName
 from fedcore.experiment.grid import GridListener, asked_of, run_grid
 from fedcore.experiment.run import Comparison
 from fedcore.files import read_grid_result
+from fedcore.report.grid_tables import lost_tables
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -58,6 +59,13 @@ server = "fedavgm"
 [algorithms.wrong]
 lr = 7.0
 
+[privacy."each site"]
+epsilon = 3.0
+noise = "site"
+max_examples = 64
+lr = 1.0
+arms = ["federated"]
+
 [privacy.some]
 epsilon = 3.0
 max_examples = 64
@@ -74,7 +82,7 @@ protections = ["plain"]
 [[grid]]
 tasks = ["tiny"]
 protections = ["masked"]
-privacy = ["none", "some"]
+privacy = ["none", "some", "each site"]
 """
 
 PRODUCT = """
@@ -189,7 +197,7 @@ class _Nothing:
 
 def test_every_cell_is_the_comparison_of_its_settings(whole):
     result = read_grid_result(whole)
-    assert [cell.failed for cell in result.cells] == [""] * 4
+    assert [cell.failed for cell in result.cells] == [""] * 5
     for cell in result.cells:
         found = Comparison(whole / cell.folder).result
         assert cell.arms == found.arms and cell.gap == found.gap
@@ -203,13 +211,23 @@ def test_every_cell_is_the_comparison_of_its_settings(whole):
 
 
 def test_privacy_is_held_against_the_same_cell_without_it(whole):
-    without, private = read_grid_result(whole).cells[2:]
+    without, private = read_grid_result(whole).cells[2:4]
     assert without.bound.dp is None and without.bound.epsilon is None
     assert private.bound.epsilon == pytest.approx(3, abs=0.01)
     pooled, together = without.score("centralised"), without.score("federated")
     assert private.bound.dp.mean == pytest.approx(together - private.score("federated"))
     assert private.bound.lost.mean == pytest.approx(pooled - private.score("federated"))
     assert private.bound.dp.n == 2
+
+
+def test_noise_of_each_site_is_held_against_the_same_epsilon_with_noise_inside_the_sum(whole):
+    cells = read_grid_result(whole).cells
+    once, each = cells[3:]
+    assert [cell.bound.local is None for cell in cells] == [True] * 4 + [False]
+    lost = once.score("federated") - each.score("federated")
+    assert each.bound.local.mean == pytest.approx(lost) and each.bound.local.n == 2
+    (table,) = [t for t in lost_tables(read_grid_result(whole)) if "natural" in t.title]
+    assert table.head[-2:] == ("no privacy", "noise in the sum")
 
 
 def test_the_cost_is_traffic_and_time_at_the_given_prices(whole):
@@ -255,7 +273,7 @@ def test_an_interrupted_grid_goes_on_with_what_it_has(folder, whole):
         run_grid(*grid_of(folder, WHOLE, GRID.replace("rounds = 2", "rounds = 3")), out=out)
     run_grid(*grid_of(folder, WHOLE), out=out, workers=2, listener=told)
     (done, total), (ours, theirs) = began[0], (table(out), table(whole))
-    assert len(finished) == 1 and done == 1 and total == 6
+    assert len(finished) == 1 and done == 1 and total == 8
     assert ours == theirs
 
 
