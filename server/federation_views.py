@@ -51,12 +51,15 @@ def sites_table(rows: list[Json]) -> Table:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for name in ("site", "state", "connected", "certificate until", "line until", "identity key"):
+    table.add_column(
+        "site", overflow="fold"
+    )  # the one that gives way: a cut fingerprint cannot be compared
+    for name in ("state", "online", "certificate", "line until", "identity key"):
         table.add_column(name, no_wrap=True)
     for row in rows:
         connected = {None: "?", True: "yes", False: "no"}[row["connected"]]
         cells = (
-            row["site"], row["state"], connected, _day(row["certificate_until"]),
+            row["site"], row["state"], connected, (row["certificate_until"] or "")[:10],
             _day(row["invitation_expires"]), row["identity"] or "",
         )  # fmt: skip
         table.add_row(*map(Text, cells))

@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 
 from sqlalchemy import insert, select, update
-from sqlalchemy.exc import DBAPIError
 
 from fedcore.errors import StoreProblem
 from fedcore.secagg.crypto.secret import Secret, SecretBytes
@@ -98,7 +97,7 @@ def encrypt_rows(database: Database, party: str, sealer: RowSealer) -> bool:
     try:
         with database.erasing():
             _encrypt_rows(database, party, sealer)
-    except DBAPIError as error:
+    except database.faults as error:
         raise database.refused("encrypt", error) from None  # its cause would quote contents
     database.sealed = sealer.name
     return True

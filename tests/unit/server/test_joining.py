@@ -19,7 +19,8 @@ from fedcore_clients import joining
 from fedcore_clients.cli import main
 from fedcore_clients.config import read_config
 from fedcore_server import enrolment
-from fedcore_server.federation_views import sites_rows
+from fedcore_server.federation_views import sites_rows, sites_table
+from rich.console import Console
 from support.keystores import cheap_scrypt
 
 from fedcore.audit.keys import SiteSigner
@@ -625,6 +626,18 @@ def test_the_command_waits_for_approval_and_goes_on(files, tmp_path, fed_site):
     code, _, said = fed_site("join", "--out", out, line=line)
     assert code == 2
     assert "found a site that has joined already" in said
+
+
+def test_the_table_of_sites_has_whole_fingerprints_in_a_narrow_terminal(files, tmp_path):
+    with served(files):
+        for name in ("va", "hospital-of-switzerland"):
+            join(invited(files, name), tmp_path / name)
+        invited(files, "lakeside")
+    rows, page = sites_rows(files, None), Console(width=80, file=io.StringIO())
+    page.print(sites_table(rows))
+    shown = page.file.getvalue()
+    assert all(row["identity"] in shown for row in rows if row["identity"])
+    assert rows[-1]["invitation_expires"][11:16] in shown and "\u2026" not in shown
 
 
 def test_the_command_shows_what_it_wrote_and_no_secret(files, tmp_path, fed_site):

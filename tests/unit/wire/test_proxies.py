@@ -43,7 +43,7 @@ def kits(tmp_path_factory):
 
 
 @contextlib.asynccontextmanager
-async def coordinator(kit):
+async def coordinator(kit, host="127.0.0.1"):
     """The port of a server with one call, which answers with what it was sent."""
     server = grpc.aio.server(options=tls.SERVER_OPTIONS)
 
@@ -52,7 +52,7 @@ async def coordinator(kit):
 
     call = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t", call)])
-    port, _ = tls.bind(server, lambda: tls.server_credentials(kit), hosts=["127.0.0.1"])
+    port, _ = tls.bind(server, lambda: tls.server_credentials(kit), hosts=[host])
     await server.start()
     try:
         yield port
@@ -178,6 +178,21 @@ def test_of_several_addresses_of_a_name_the_one_that_listens_is_found(run, kits)
         _, va = kits
         async with coordinator(hub.save(va.certificate_path.parent.parent / "local")) as port:
             return await said(va, "localhost", port, None)
+
+    assert run(scene()) == (b"hello", "hub")
+
+
+def test_an_address_of_ipv6_is_reached_without_a_proxy(run, kits, tmp_path):
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError as error:
+            pytest.skip(f"no IPv6 on this machine: {error}")
+    hub = HEART.issue("coordinator", "hub", NOW, hosts=["::1"]).save(tmp_path / "hub")
+
+    async def scene():
+        async with coordinator(hub, "::1") as port:
+            return await said(kits[1], "::1", port, None)
 
     assert run(scene()) == (b"hello", "hub")
 
