@@ -15,12 +15,17 @@ from support.parties import Parties, net, plan_of, recoded
 from fedcore.errors import RoundAbandoned
 from fedcore.learning.stopwatch import Stopwatch
 from fedcore.secagg import in_process
+from fedcore.secagg.crypto.entropy import OsEntropy
+from fedcore.secagg.crypto.hybrid import HybridKey
+from fedcore.secagg.crypto.pairwise import MaskRoot
 from fedcore.secagg.in_process import InProcessFederation
 from fedcore.secagg.plan import VectorSpec, Wide
 from fedcore.secagg.protections import Protection
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.absences import ABANDONED_AT, STAGES, outcome
 from fedcore.secagg.protocol.round import site
+from fedcore.secagg.protocol.round.site import Secrets
+from fedcore.secagg.protocol.wire_form import decode, encode
 from fedcore.secagg.summing import one_by_one
 
 SPEC = VectorSpec("update", 6, (Wide("weight", 1, 20),))
@@ -243,3 +248,13 @@ def test_a_site_that_starts_from_another_state_is_named_and_never_summed(protect
     assert parties.folded == ["s00", "s01", "s03"]
     assert not parties.refusals
     assert all(isinstance(parties.stages[name], site.Idle) for name in parties.sites)
+
+
+def test_a_sites_keys_of_a_round_are_derived_once_and_are_in_no_record():
+    channel, root = HybridKey.draw(OsEntropy()), MaskRoot(bytes(range(32)))
+    made = Secrets.of(channel, root, b"s" * 32)
+    assert made.keys[0] is channel and made.keys[1] is root
+    read = decode(encode(made), Secrets)
+    assert encode(read) == encode(made)
+    assert read.keys is read.keys
+    assert read.keys[0].public == channel.public and read.keys[1].keys.public == root.keys.public

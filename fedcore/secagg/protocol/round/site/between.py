@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from fedcore import errors
 from fedcore.secagg.crypto.hybrid import HybridKey
 from fedcore.secagg.crypto.pairwise import MaskRoot
-from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import PLAN_VERSION, RoundHeader
 from fedcore.secagg.protocol import checks, effects, messages
 from fedcore.secagg.protocol.effects import MakeVector
@@ -54,11 +53,11 @@ def draw_keys(
     member: events.SiteParams, header: RoundHeader, state_tag: bytes, key_id: bytes
 ) -> stages.Ahead:
     """Fresh secrets and signed keys for one round."""
-    root, self_seed = member.entropy.draw(32), member.entropy.draw(32)
+    root, self_seed = MaskRoot(member.entropy.draw(32)), member.entropy.draw(32)
     channel = HybridKey.draw(member.entropy)
-    public = channel.public, MaskRoot(root).keys.public, hashlib.sha256(self_seed).digest()
+    public = channel.public, root.keys.public, hashlib.sha256(self_seed).digest()
     keys = Keys(header.digest, member.id, *public, state_tag, key_id, b"")
-    secrets = stages.Secrets(*map(SecretBytes, (root, self_seed, channel.to_bytes())))
+    secrets = stages.Secrets.of(channel, root, self_seed)
     return stages.Ahead(header, state_tag, secrets, sign(keys, member.identity))
 
 

@@ -29,7 +29,7 @@ def share_secrets(move: SiteMove, stage: stages.Advertised, bundle: messages.Key
         for secret in (stage.secrets.self_seed, stage.secrets.root)
     )
     pairs = list(zip(self_shares, root_shares, strict=True))
-    channel, root = _own_keys(stage)
+    channel, root = stage.secrets.keys
     parcels = tuple(
         _parcel(member, header, keys, pairs[header.place(keys.site)], channel, root)
         for keys in bundle.keys
@@ -60,12 +60,6 @@ def _check_bundle(member: SiteParams, stage: stages.Advertised, bundle: messages
 def _context(header: RoundHeader, sender: SiteId, recipient: SiteId) -> bytes:
     """What an envelope is bound to: version, h, and who writes to whom."""
     return encode(("fedcore/1 shares", header.digest, sender, recipient))
-
-
-def _own_keys(stage: stages.Advertised | stages.Shared) -> tuple[HybridKey, MaskRoot]:
-    """The channel key and the mask root, made from their bytes once a step."""
-    secrets = stage.secrets
-    return HybridKey.from_bytes(secrets.channel.reveal()), MaskRoot(secrets.root.reveal())
 
 
 def _parcel(
@@ -114,7 +108,7 @@ def open_shares(move: SiteMove, stage: stages.Shared, delivery: messages.Deliver
             "parcels", f"{len(delivery.parcels)} that do not match the heads",
             f"one of each of {len(cohort)} sites", COORDINATOR,
         )  # fmt: skip
-    channel, root = _own_keys(stage)
+    channel, root = stage.secrets.keys
     self_seed = stage.secrets.self_seed.reveal()
     held, masks = [stage.own], [self_mask(self_seed, member.id, header, stage.state_tag)]
     for head, parcel in zip(delivery.heads, delivery.parcels, strict=True):

@@ -1,9 +1,12 @@
 """The stages of a site in a round: each holds only what is true in it."""
 
 from dataclasses import dataclass, field
-from typing import get_args
+from functools import cached_property
+from typing import Self, get_args
 
 from fedcore.errors import Conflicting
+from fedcore.secagg.crypto.hybrid import HybridKey
+from fedcore.secagg.crypto.pairwise import MaskRoot
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protocol import messages
@@ -78,6 +81,19 @@ class Secrets:
     root: SecretBytes
     self_seed: SecretBytes
     channel: SecretBytes
+
+    @cached_property
+    def keys(self) -> tuple[HybridKey, MaskRoot]:
+        """The channel key and the mask root with its keys, derived once: they are gone with these secrets."""
+        return HybridKey.from_bytes(self.channel.reveal()), MaskRoot(self.root.reveal())
+
+    @classmethod
+    def of(cls, channel: HybridKey, root: MaskRoot, self_seed: bytes) -> Self:
+        """The secrets of these keys."""
+        secret = map(SecretBytes, (root.to_bytes(), self_seed, channel.to_bytes()))
+        found = cls(*secret)
+        found.__dict__["keys"] = channel, root
+        return found
 
 
 @record("Held")
