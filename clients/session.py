@@ -39,6 +39,7 @@ from fedcore.identity.kit import Kit
 from fedcore.identity.preflight import preflight
 from fedcore.secagg.protocol.job_messages import ToCoordinator
 from fedcore.wire import calls, frames
+from fedcore.wire.codec import MOST_TOGETHER, in_messages
 from fedcore.wire.limits import INLINE
 from fedcore.wire.records import TO_COORDINATOR, pack_record
 from fedcore.wire.refusals import told
@@ -206,7 +207,8 @@ class Session:
                 raise MalformedMessage(
                     "session", found="its end", expected="a welcome", fault="coordinator"
                 )
-            self._welcomed(session.gives.unpack(first, sender="coordinator"))
+            coming = session.gives.unpack_each(first, sender="coordinator")
+            self._welcomed(next(coming))
             if self.refused is not None:
                 return
             # Not before: transfers outside of the session that the coordinator knows are refused.
@@ -214,9 +216,10 @@ class Session:
             writer = asyncio.get_running_loop().create_task(send_frames(stream, out))
             try:
                 self._on_connected()
-                while (data := await stream.read()) is not grpc.aio.EOF:
-                    if self._take(session.gives.unpack(data, sender="coordinator")):
+                while not any(map(self._take, coming)):
+                    if (data := await stream.read()) is grpc.aio.EOF:
                         return
+                    coming = session.gives.unpack_each(data, sender="coordinator")
             finally:
                 writer.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -396,4 +399,9 @@ async def send_frames(stream: Any, out: asyncio.Queue[bytes]) -> None:
     """Sends frames until the stream ends. How it ended is reported where it is read, not here."""
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
         while True:
-            await stream.write(await out.get())
+            found = [await out.get()]
+            await asyncio.sleep(0)  # for what the same turn has to say
+            while not out.empty() and len(found) < MOST_TOGETHER:
+                found.append(out.get_nowait())
+            for message in in_messages(found):
+                await stream.write(message)

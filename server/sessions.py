@@ -29,6 +29,7 @@ from fedcore.secagg.protocol.job_messages import ToSite
 from fedcore.store.spool import Stored
 from fedcore.types import SiteId
 from fedcore.wire import calls, frames
+from fedcore.wire.codec import MOST_TOGETHER, TOGETHER, in_messages
 from fedcore.wire.limits import INLINE
 from fedcore.wire.records import TO_SITE, pack_record
 
@@ -43,6 +44,9 @@ FIRST_FRAME_SECONDS = 10.0
 PROBE_SECONDS = 5.0
 """How long the process of an open session may take to answer when another one comes as the same site: a ping is
 answered at once, also while the site trains, so that only a dead connection takes longer."""
+
+SOON_SECONDS = 0.05
+"""How long a frame waits for another one, where nothing waits for it."""
 
 EVICTED = "evicted"
 """Why a site that an operator evicted is `unable`, and the code of its Goodbye."""
@@ -73,6 +77,7 @@ class SiteSession:
     waiting: int = 0
     roster: str = ""
     """What the site made of the newest roster, in words; empty where it took it."""
+    _soon: tuple[frames.ToSite, asyncio.TimerHandle] | None = None
     _probes: dict[int, asyncio.Event] = field(default_factory=dict)
     """{number of a ping: its pong has come}."""
 
@@ -87,6 +92,8 @@ class SiteSession:
 
     def put_packed(self, data: bytes) -> None:
         """Queue a serialised frame."""
+        if self._soon is not None:
+            self._send_soon()
         if self.over:
             return
         if self.out.full() or self.waiting + len(data) > MOST_BYTES:
@@ -96,6 +103,19 @@ class SiteSession:
         self.waiting += len(data)
         self.out.put_nowait(data)
 
+    def put_soon(self, frame: frames.ToSite) -> None:
+        """Queue a frame before the next one, or after SOON_SECONDS: one that nothing waits for."""
+        if self._soon is not None:
+            self._send_soon()
+        later = asyncio.get_running_loop().call_later(SOON_SECONDS, self._send_soon)
+        self._soon = frame, later
+
+    def _send_soon(self) -> None:
+        found, self._soon = self._soon, None
+        if found is not None:
+            found[1].cancel()
+            self.put(found[0])
+
     async def next(self) -> bytes | None:
         """The next frame to send; None after the last one."""
         if self.over and self.out.empty():
@@ -103,6 +123,23 @@ class SiteSession:
         data = await self.out.get()
         self.waiting -= len(data or b"")
         return data
+
+    async def messages(self) -> AsyncIterator[bytes]:
+        """The messages to send, until the session is over: frames that are in the queue together are sent together."""
+        last = False
+        while not last and (data := await self.next()) is not None:
+            found, size = [data], len(data)
+            await asyncio.sleep(0)  # for what the same turn has to say
+            while not self.out.empty() and len(found) < MOST_TOGETHER and size <= TOGETHER:
+                more = self.out.get_nowait()
+                if more is None:
+                    last = True
+                    break
+                self.waiting -= len(more)
+                found.append(more)
+                size += len(more)
+            for message in in_messages(found):
+                yield message
 
     async def answers(self, seconds: float) -> bool:
         """Whether the process at the other end answers a ping within this time."""
@@ -133,6 +170,7 @@ class SiteSession:
 
     def end(self, goodbye: frames.Goodbye | None) -> None:
         """Queue this last frame and no more."""
+        self._send_soon()
         if goodbye is not None:
             self.put(goodbye)
         self.over = True

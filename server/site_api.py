@@ -158,7 +158,7 @@ class SiteApi:
         self._sessions.last_peers[name] = peer
         reader = asyncio.get_running_loop().create_task(self._read(name, session, requests))
         try:
-            while (data := await session.next()) is not None:
+            async for data in session.messages():
                 yield data
         finally:
             session.gone()
@@ -190,14 +190,19 @@ class SiteApi:
             ):
                 if session.over:
                     return
-                frame = calls.SESSION.takes.unpack(data, sender=name)
                 session.last_seen = time.time()
-                if session.begun:
+                if (
+                    not session.begun
+                ):  # with a message of its own: nothing is read of one that is refused
+                    hello = calls.SESSION.takes.unpack(data, sender=name)
+                    session.begun = await self._begin(name, session, hello)
+                    if not session.begun:
+                        return
+                    continue
+                for frame in calls.SESSION.takes.unpack_each(data, sender=name):
                     await self._on_frame(name, session, frame)
-                elif await self._begin(name, session, frame):
-                    session.begun = True
-                else:
-                    return
+                    if session.over:
+                        return
         except TimeoutError:
             LOG.info("site %s: session without a first frame, ended", name)
         except VersionRefused as error:
@@ -267,7 +272,10 @@ class SiteApi:
                     jobs[job].doing(name, what)
             case frames.SmallUpload(start, data):
                 complete = self._transfers.small(name, start, data)
-                session.put(frames.UploadReceipt(start.digest, 0, complete=complete))
+                told = frames.UploadReceipt(start.digest, 0, complete=complete)
+                # Of a small vector the site does nothing with it, so that it waits for the round's next record.
+                soon = complete and 2 * start.size <= INLINE
+                (session.put_soon if soon else session.put)(told)
             case frames.Goodbye():
                 LOG.info("site %s: goodbye: %s", name, frame.code)
                 session.end(None)

@@ -2,13 +2,14 @@
 
 A call carries either one type of frame or, for a `oneof` of the .proto, one of several: then the bytes are
 the frame's field number, its length and its bytes. These are written and read here without protobuf, so that
-a part of 1 MiB is copied once and a frame's size is known before it is parsed.
+a part of 1 MiB is copied once and a frame's size is known before it is parsed. A message of a session may have several
+frames, one after the other: each passes the same checks as alone, and none can be inside another.
 
 Invariant: one frame has one byte form. What protobuf would accept otherwise (unknown fields, a field twice,
 a long form of a number, another field order) is refused, because the frame's own bytes would differ.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -16,11 +17,17 @@ from google.protobuf.message import DecodeError
 
 from fedcore import __version__
 from fedcore.errors import MalformedMessage, VersionRefused
-from fedcore.wire.limits import Limit, found
+from fedcore.wire.limits import KIB, Limit, found
 
 WIRE_VERSION = 6
 """Version of frames and calls. It is in field 1 of the first frame of a session and of every operator
 request, in every version, so that a refusal can name both versions."""
+
+TOGETHER = 128 * KIB
+"""Bytes of a message with more than one frame."""
+
+MOST_TOGETHER = 16
+"""Frames of one message."""
 
 F = TypeVar("F")
 
@@ -55,25 +62,69 @@ class Codec(Generic[F]):
         return _head(form.number, len(body)) + body if form.number else body
 
     def unpack(self, data: bytes, *, sender: str) -> F:
-        """Parse a frame. Raises MalformedMessage, of which VersionRefused is one. sender: named as the fault."""
-        form, body = (self.forms[0], data) if 0 in self.forms else self._open(data, sender)
-        if len(body) > form.most:
-            most = f"at most {form.most} bytes"
-            raise MalformedMessage(form.frame.__name__, f"{len(body)} bytes", most, sender)
-        return cast("F", _read(body, form, sender))
+        """Parse the one frame of a message. Raises MalformedMessage, of which VersionRefused is one. sender: named as
+        the fault."""
+        if 0 in self.forms:
+            return self._parsed(self.forms[0], data, 0, len(data), sender)
+        form, start, end = self._frame_at(data, 0, sender)
+        if end != len(data):
+            raise self._other_length(sender)
+        return self._parsed(form, data, start, end, sender)
 
-    def _open(self, data: bytes, sender: str) -> tuple[Form[Any], bytes]:
-        """Form and body of a `oneof`: field number and length must be followed by exactly that many bytes."""
-        form = self.forms.get(data[0] >> 3) if data else None
+    def unpack_each(self, data: bytes, *, sender: str) -> Iterator[F]:
+        """Parse the frames of a message of a `oneof` in order, each when it is asked for: at most MOST_TOGETHER, and of
+        TOGETHER bytes where there are several. Raises as `unpack`, at the frame that is not allowed there."""
+        at = number = 0
+        while not number or at < len(data):
+            form, start, end = self._frame_at(data, at, sender)
+            if not number and end < len(data) > TOGETHER:
+                expected = f"one frame, or at most {TOGETHER} bytes"
+                raise MalformedMessage(self.envelope, f"{len(data)} bytes", expected, sender)
+            if number == MOST_TOGETHER:
+                expected = f"at most {MOST_TOGETHER} frames"
+                raise MalformedMessage(self.envelope, "more frames", expected, sender)
+            yield self._parsed(form, data, start, end, sender)
+            at, number = end, number + 1
+
+    def _parsed(self, form: Form[Any], data: bytes, start: int, end: int, sender: str) -> F:
+        if end - start > form.most:
+            most = f"at most {form.most} bytes"
+            raise MalformedMessage(form.frame.__name__, f"{end - start} bytes", most, sender)
+        return cast("F", _read(data[start:end], form, sender))
+
+    def _frame_at(self, data: bytes, at: int, sender: str) -> tuple[Form[Any], int, int]:
+        """The frame that begins here: its form, and where its body begins and ends."""
+        form = self.forms.get(data[at] >> 3) if at < len(data) else None
         if form is None:
-            kind = "an unknown frame" if data else "nothing"
+            kind = "an unknown frame" if at < len(data) else "nothing"
             raise MalformedMessage(self.envelope, kind, _names(self), sender)
-        for size in range(2, 7):  # key and a length of 1 to 5 bytes
-            if _head(form.number, len(data) - size) == data[:size]:
-                return form, data[size:]
-        raise MalformedMessage(
+        size, start = 0, at + 1
+        for digit, byte in enumerate(data[start : start + 5]):  # a length of 1 to 5 bytes
+            size, start = size | (byte & 127) << 7 * digit, start + 1
+            if byte < 128:
+                break
+        if _head(form.number, size) != data[at:start] or start + size > len(data):
+            raise self._other_length(sender)
+        return form, start, start + size
+
+    def _other_length(self, sender: str) -> MalformedMessage:
+        return MalformedMessage(
             self.envelope, "another length than stated", "the whole frame", sender
         )
+
+
+def in_messages(packed: Iterable[bytes]) -> Iterator[bytes]:
+    """Serialised frames of a `oneof` in order, as few messages as `unpack_each` takes."""
+    found: list[bytes] = []
+    size = 0
+    for data in packed:
+        if found and (len(found) == MOST_TOGETHER or size + len(data) > TOGETHER):
+            yield b"".join(found)
+            found, size = [], 0
+        found.append(data)
+        size += len(data)
+    if found:
+        yield b"".join(found)
 
 
 def _head(number: int, size: int) -> bytes:

@@ -96,7 +96,8 @@ def session(fed, sent, kit=None, seconds=PATIENCE, until=None):
 
     with fed.channel(kit or fed.site_kit("d")) as channel:
         stream = channel.stream_stream(calls.SESSION.path)(say(), timeout=seconds)
-        frames_of = (calls.SESSION.gives.unpack(data, sender="coordinator") for data in stream)
+        each = calls.SESSION.gives.unpack_each
+        frames_of = (frame for data in stream for frame in each(data, sender="coordinator"))
         try:
             found.extend(frames_of)
         except grpc.RpcError as error:
@@ -230,9 +231,8 @@ def test_sessions_replace_each_other(fed):
             stream = channel.stream_stream(calls.SESSION.path)(
                 itertools.chain([pack(hello(fed))], _pause(over)), timeout=PATIENCE
             )
-            assert isinstance(
-                calls.SESSION.gives.unpack(next(stream), sender="coordinator"), frames.Welcome
-            )
+            first = calls.SESSION.gives.unpack_each(next(stream), sender="coordinator")
+            assert isinstance(next(first), frames.Welcome)
             stream.cancel()
         over.set()
     fed.connected(["a", "b", "c"])

@@ -52,12 +52,13 @@ async def stream(folder, hello):
 
 
 async def next_of(found, *kinds):
-    """The next frame of these kinds."""
+    """The next message's first frame of these kinds."""
     async with asyncio.timeout(20):
         while True:
-            frame = calls.SESSION.gives.unpack(await found.read(), sender="coordinator")
-            if isinstance(frame, kinds):
-                return frame
+            data = await found.read()
+            for frame in calls.SESSION.gives.unpack_each(data, sender="coordinator"):
+                if isinstance(frame, kinds):
+                    return frame
 
 
 # ------------------------------------------------------------------------------------------ the attack

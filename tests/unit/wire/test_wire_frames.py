@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fedcore.errors import MalformedMessage, VersionRefused
 from fedcore.wire import calls, frames
 from fedcore.wire._generated import federation_pb2 as pb
-from fedcore.wire.codec import WIRE_VERSION, Form
+from fedcore.wire.codec import MOST_TOGETHER, TOGETHER, WIRE_VERSION, Form, in_messages
 from fedcore.wire.frames import FROM_SITE, TO_SITE, UPLOAD, alone
 from fedcore.wire.limits import INLINE, MAX_RECORD, MAX_ROSTER, PART, SMALL
 
@@ -436,6 +436,49 @@ def test_bulk_is_not_shown():
         frames.SmallUpload(START, b"BULK"),
     ):
         assert "BULK" not in repr(frame)
+
+
+# ---------------------------------------------------------------------------- several in a message
+
+
+@given(st.lists(st.sampled_from([1, 100, 200, 20_000, 70_000, TOGETHER]), max_size=40))
+def test_frames_in_messages_come_back_in_order_and_within_the_limits(sizes):
+    packed = [FROM_SITE.pack(frames.Record("job", bytes(size))) for size in sizes]
+    messages = list(in_messages(packed))
+    several = [data for data in messages if data not in packed]
+    assert all(len(data) <= TOGETHER for data in several)
+    found = [list(FROM_SITE.unpack_each(data, sender="va")) for data in messages]
+    assert all(len(each) <= MOST_TOGETHER for each in found)
+    assert [len(frame.body) for each in found for frame in each] == sizes
+
+
+def test_a_frame_in_a_message_of_several_has_the_limits_that_it_has_alone():
+    record = FROM_SITE.pack(frames.Record("job", b"x"))
+    wide = wrapped(3, BODY + b"\x20\x01")
+    long = bytes([8 << 3 | 2, 0x81, 0xA0, 0x04]) + bytes(SMALL + 1)
+    for wrong, what in (
+        (wide, "Doing"), (long, "TrailHead: found 69633 bytes"), (record[:-1], "another length"),
+        (bytes([8 << 3 | 2, 0x80, 0x00]), "another length"), (b"\x7a\x00", "unknown frame"),
+    ):  # fmt: skip
+        coming = FROM_SITE.unpack_each(record + wrong + record, sender="va")
+        assert isinstance(next(coming), frames.Record)
+        with pytest.raises(MalformedMessage, match=what) as caught:
+            list(coming)
+        assert caught.value.fault == "va"
+        with pytest.raises(MalformedMessage):
+            FROM_SITE.unpack(record + wrong, sender="va")
+
+
+def test_a_message_has_a_frame_and_not_too_many_or_too_much():
+    ping = frames.TO_SITE.pack(frames.Ping(1))
+    assert len(list(TO_SITE.unpack_each(ping * MOST_TOGETHER, sender="hub"))) == MOST_TOGETHER
+    large = TO_SITE.pack(frames.Record("job", bytes(TOGETHER)))
+    assert len(list(TO_SITE.unpack_each(large, sender="hub"))) == 1
+    for data, allowed in ((b"", 0), (ping * (MOST_TOGETHER + 1), MOST_TOGETHER), (large + ping, 0)):
+        with pytest.raises(MalformedMessage):
+            list(TO_SITE.unpack_each(data, sender="hub"))
+        coming = TO_SITE.unpack_each(data, sender="hub")
+        assert [next(coming) for _ in range(allowed)] == [frames.Ping(1)] * allowed
 
 
 # ------------------------------------------------------------------------------------ versions
