@@ -61,8 +61,15 @@ def refusal(plan: RoundPlan, device: str, *, exact: bool, app: bool) -> str:
     the protocol; app: whether the task is a Flower app."""
     if refused := fork_refusal(accelerator=device != "cpu"):
         return refused
-    if not exact:
+    if plan.server.groups is not None:
+        return "sums are of groups of sites (round.aggregate)"
+    if not exact and plan.layers.protects:
         return f"sums are protected ({plan.protection}), and the protocol plays in one process: --sum exact"
+    if not exact:
+        return (
+            f"with protection {plan.protection!r} and no cohort the run shows what each party holds, from vectors in "
+            "one process: --cohort, or another protection with --sum exact"
+        )
     if app:
         return "a Flower app keeps its state in one process"
     if rules_of(plan.train) is not AVERAGING:

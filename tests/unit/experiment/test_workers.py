@@ -112,6 +112,8 @@ def test_what_the_task_raises_in_a_worker_is_raised_as_in_one_process():
 
 REFUSED = {
     "the protocol": ({"sum": "full", "cohort": None, "protection": "encrypted"}, "--sum exact"),
+    "vectors that are shown": ({"protection": "plain", "cohort": None}, "'plain' and no cohort"),
+    "groups of sites": ({"aggregate": "trimmed", "cohort": None}, r"groups of sites \(round.aggregate\)"),
     "an algorithm that keeps values": ({"algorithm": "scaffold"}, "'scaffold' keeps values at each site"),
 }  # fmt: skip
 
