@@ -58,6 +58,21 @@ def test_canaries_open_each_block_and_the_tag_closes_the_last():
     assert layout.read_tag(slots * np.uint64(3)) == 3 * (2**61 - 2)
 
 
+def test_a_block_that_holds_only_the_tag_has_no_canary():
+    packing = solve_packing(4, SITES, "encrypted")
+    layout = layout_of(capacity(1, packing) - SITES + 1, packing=packing)
+    assert (layout.blocks, layout.tag_slots) == (2, 16)
+    assert layout.tagged_slots <= packing.slots_per_block < layout.slots
+    fields = np.full(layout.spec.coordinates, 15, dtype=np.uint64)
+    rows = [layout.pack(fields, {}, site) for site in range(SITES)]
+    assert not rows[0][layout.tagged_slots :].any()
+    for row in rows:
+        layout.put_tag(row, 12_345)
+    total = sum(rows)
+    assert layout.unpack(total, range(SITES)).coordinates.tolist() == [15 * SITES] * len(fields)
+    assert layout.read_tag(total) == SITES * 12_345
+
+
 def test_the_tag_places_hold_nothing_else():
     """Written with the widest data, cleared of nothing: the tag must find them empty."""
     for coordinates in (1, capacity(1) - SITES, capacity(2) - SITES):
