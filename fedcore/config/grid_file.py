@@ -63,10 +63,14 @@ class Block(Section):
 
 
 class GridFile(Section):
-    """The whole file. seeds: how many of each cell, 0, 1, ...; settings: of every cell."""
+    """The whole file. seeds: how many of each cell, first_seed, first_seed + 1, ...; settings: of every cell.
+
+    first_seed: settings that were chosen on some splits are reported on others.
+    """
 
     name: str = Field(default="grid", pattern=r"^[\w-]+$")
     seeds: int = Field(default=5, ge=1)
+    first_seed: int = Field(default=0, ge=0)
     settings: Table = Field(default_factory=dict)
     tasks: dict[str, Table] = Field(default_factory=dict)
     partitions: dict[str, Table] = Field(default_factory=dict)
@@ -119,8 +123,9 @@ def cells_of(grid: GridFile, base: Path) -> list[Combination]:
                 )
             layers = grid.settings, *_of_names(grid, names), block.settings
             based = tuple({"base": str(base), **layer} for layer in layers if layer)
-            seeds = tuple(range(grid.seeds if block.seeds is None else block.seeds))
-            found[names] = Combination(*names, based, seeds)
+            count = grid.seeds if block.seeds is None else block.seeds
+            seeds = range(grid.first_seed, grid.first_seed + count)
+            found[names] = Combination(*names, based, tuple(seeds))
     return list(found.values())
 
 

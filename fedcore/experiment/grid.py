@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from os.path import relpath
 from pathlib import Path
 
 from fedcore.config import Job
@@ -135,15 +136,16 @@ class GridRun:
         self._started, self._clock = datetime.now(UTC), time.perf_counter()
         self._processes = 1
 
-    @property
-    def asked(self) -> Json:
-        """job.json of the grid's folder."""
-        return {"kind": "grid", "base": str(self._base), **self._grid.model_dump(mode="json")}
+    def asked(self, directory: Path) -> Json:
+        """job.json of the grid's folder. `base` counts from this folder: results are passed on, and the folders of a
+        machine tell of its user."""
+        base = relpath(self._base.resolve(), directory.resolve())
+        return {"kind": "grid", "base": base, **self._grid.model_dump(mode="json")}
 
     def open(self, directory: Path, *, resume: bool) -> None:
         """Find the task and the complete job of every cell. Raises what these raise, with the cell's name, and
         AlreadyExists where the folder holds another grid."""
-        if resume and read_json(directory / "job.json") != self.asked:
+        if resume and read_json(directory / "job.json") != self.asked(directory):
             raise AlreadyExists(
                 f"--out: found {directory}, an unfinished grid with other settings, expected those given",
                 remedy="the same file, which resumes it, another --out, or --force",
@@ -259,7 +261,7 @@ class GridRun:
             workers=self._processes,
             currency=self._grid.prices.currency,
             cells=tuple(grid_cells(bare, known, self._grid.prices)),
-            asked=self.asked,
+            asked=self.asked(directory),
             environment=_versions(environment()),
         )
         return with_curves(found, directory)
@@ -360,7 +362,7 @@ def run_grid(
         else:
             directory = claimed.enter_context(new_directory(f"{grid.name}-grid", out, force=force))
             run.open(directory, resume=False)
-            write_json(directory / "job.json", run.asked)
+            write_json(directory / "job.json", run.asked(directory))
         told = listener(run, directory)
         run.check(workers, told)
         run.train(told)
@@ -387,7 +389,7 @@ def asked_of(directory: Path) -> tuple[GridFile, Path]:
     if not is_unfinished_grid(directory):
         raise BadInput(f"--resume: found {directory}, expected the folder of an interrupted grid")
     asked = read_json(directory / "job.json")
-    base = Path(asked.pop("base"))
+    base = (directory / asked.pop("base")).resolve()
     asked.pop("kind")
     return GridFile.model_validate(asked), base
 

@@ -135,6 +135,8 @@ def test_a_cell_is_every_combination_and_its_layers_add_up(folder):
     assert [(cell.names[3:], cell.seeds) for cell in cells[4:]] == [
         (("masked", "none"), (0, 1)), (("masked", "some"), (0, 1)),
     ]  # fmt: skip
+    others = cells_of(*grid_of(folder, PRODUCT, "first_seed = 100\n" + GRID))
+    assert others[4].seeds == (100, 101) and others[4].layers == cells[4].layers
     last = {key: value for layer in cells[5].layers for key, value in layer.items()}
     assert (last["rounds"], last["epsilon"], last["lr"]) == (5, 3.0, 1.0)
     merged = {key: value for layer in cells[3].layers for key, value in layer.items()}
@@ -262,7 +264,9 @@ def test_an_interrupted_grid_goes_on_with_what_it_has(folder, whole):
     out = folder / "out"
     with pytest.raises(KeyboardInterrupt):
         run_grid(*grid_of(folder, WHOLE), out=out, workers=1, listener=stop)
-    assert asked_of(out)[0] == read_grid(folder / "grid.toml")
+    asked = json.loads((out / "job.json").read_text())
+    assert asked["base"] == ".."  # of no machine: results are passed on
+    assert asked_of(out) == (read_grid(folder / "grid.toml"), folder)
     finished = {path.parent for path in out.glob("cells/*/result.json")}
     began = []
 
