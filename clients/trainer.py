@@ -120,9 +120,14 @@ class Training:
         head, blobs = await self._ask(asked, [state.to_bytes(), record.kept], needs=job)
         record.memory = GuardMemory.from_json(head["memory"])
         if "tripped" in head:
-            about = head["tripped"]
-            site = self._loads[job]["site"]
-            raise GuardTripped((site,), about["round"], about["cause"], found=about["found"])
+            about, site = head["tripped"], self._loads[job]["site"]
+            raise GuardTripped(
+                (site,),
+                about["round"],
+                about["cause"],
+                found=about["found"],
+                calmer=about["calmer"],
+            )
         fields, record.kept = blobs
         return np.frombuffer(fields, dtype="<u8").astype(np.uint64), head["wides"]
 

@@ -150,7 +150,9 @@ class Worker:
         try:
             fields, wides = site.contribute(plan, step, JobState.from_bytes(state), record)
         except GuardTripped as tripped:
-            about = {"round": tripped.round, "cause": tripped.cause, "found": tripped.found}
+            about = {
+                "round": tripped.round, "cause": tripped.cause, "found": tripped.found, "calmer": tripped.calmer,
+            }  # fmt: skip
             return {"tripped": about, "memory": record.memory.to_json()}, []
         app = site.task.app
         whole = {name: [int(value) for value in values] for name, values in wides.items()}

@@ -139,18 +139,26 @@ class GuardTripped(Refused):
     """Sites leave a job: the released model is not one that honest training leads to (PROTOCOL G).
 
     sites: which; round: of training, whose release led to it. cause: for other sites, without a number.
-    found: the numbers, for this site's own log.
+    found: the numbers, for this site's own log. calmer: what to change where training diverges.
     """
 
-    def __init__(self, sites: Sequence[str], round_: int, cause: str, *, found: str = "") -> None:
+    def __init__(
+        self,
+        sites: Sequence[str],
+        round_: int,
+        cause: str,
+        *,
+        found: str = "",
+        calmer: str = "lower train.lr or round.server_lr",
+    ) -> None:
         some = len(sites) > 1
         super().__init__(
             f"guard: {'sites' if some else 'site'} {', '.join(sites)} {'leave' if some else 'leaves'} "
             f"the job after round {round_}: {cause}" + (f" ({found})" if found else ""),
-            remedy="a site may lie, or the training diverges: compare the sites' records, "
-            "lower train.lr or round.server_lr",
+            remedy=f"a site may lie, or the training diverges: compare the sites' records, {calmer}",
         )
         self.sites, self.round, self.cause, self.found = tuple(sites), round_, cause, found
+        self.calmer = calmer
 
 
 class PeerRefused(Refused):

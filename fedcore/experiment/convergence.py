@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,18 @@ LEAST_ROUNDS = 8
 WORTH_SAYING = 1e-3
 """A tenth of a point; of an error a thousandth of its value."""
 
+FAR_ABOVE = 2.0
+"""A loss that ends above this times the least one was better long before."""
+
 _RISING, _PAST, _LAGS = 3.0, 3.0, (1, 2, 4)
+
+
+class Divergence(NamedTuple):
+    """round: after which the loss was least; least, last: the losses."""
+
+    round: int
+    least: float
+    last: float
 
 
 def trends(rows: Sequence[RoundRow], column: str, *, lower: bool) -> Mapping[str, Trend]:
@@ -50,6 +62,25 @@ def trends(rows: Sequence[RoundRow], column: str, *, lower: bool) -> Mapping[str
                 best_round=None if best is None else known[best].round,
                 best=None if best is None else float(scores[best]),
             )
+    return found
+
+
+def diverged(rows: Sequence[RoundRow]) -> Divergence | None:
+    """Whether the federated arm's loss on test rows ended far above its least one, and the centralised arm's did not,
+    as it does where a model learns its training rows by heart."""
+    found: Divergence | None = None
+    for arm in ("federated", "centralised"):
+        known = [
+            (loss, r.round) for r in rows if r.arm == arm and (loss := r.number("loss")) is not None
+        ]
+        if len(known) < 2:
+            continue
+        (least, at), last = min(known), known[-1][0]
+        far = last > FAR_ABOVE * least > 0
+        if arm == "federated":
+            found = Divergence(at, least, last) if far else None
+        elif far:
+            return None
     return found
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedcore.errors import RoundAbandoned
 from fedcore.experiment.arms import Scoring, loss_of, mean_of
-from fedcore.experiment.convergence import LEAST_ROUNDS, trends
+from fedcore.experiment.convergence import LEAST_ROUNDS, diverged, trends
 from fedcore.experiment.environment import environment, peak_memory_mb
 from fedcore.experiment.gap import (
     BESIDE,
@@ -60,6 +60,7 @@ from fedcore.results import (
     SplitResult,
     SumFacts,
 )
+from fedcore.secagg.algorithms import algorithm_of
 from fedcore.secagg.label import Terms, label_warnings
 from fedcore.secagg.summing import sites_of
 
@@ -164,6 +165,7 @@ def build_result(experiment: Experiment, started: datetime, seconds: float) -> R
     unknown: Counter[str] = sum((Counter(one.unknown) for one in prepared.loaded), Counter())
     with single_thread():
         found += _notes_on_statistics(experiment) + _notes_on_judgement(experiment)
+    found += _notes_on_divergence(experiment)
     of_plan, of_rows = label_warnings(Terms.of_plan(plan)), warnings.notes_on_rows(result, unknown)
     result = replace(result, notes=(*capped, *prepared.notes_on_start, *found, *of_plan, *of_rows))
     return replace(result, warnings=warnings.of_run(result))
@@ -223,6 +225,17 @@ def _notes_on_statistics(experiment: Experiment) -> list[str]:
     ]
 
 
+def _notes_on_divergence(experiment: Experiment) -> list[str]:
+    """Where rounds made the model worse, and what to change."""
+    if (found := diverged(experiment.history)) is None:
+        return []
+    calmer = algorithm_of(experiment.prepared.plan.train.algorithm).calmer
+    return [
+        f"The federated arm diverges: its loss on test rows was least after round {found.round}, {found.least:.3g}, "
+        f"and ended at {found.last:.3g} (hint: {calmer}, or train fewer rounds)."
+    ]
+
+
 def _notes_on_judgement(experiment: Experiment) -> list[str]:
     """What was chosen by released metrics, and on which rows."""
     plan, found = experiment.prepared.plan.server.judge, experiment.federated.state.judgement
@@ -233,8 +246,9 @@ def _notes_on_judgement(experiment: Experiment) -> list[str]:
     if experiment.federated.state.at_best:
         what += ", and it is the run's"
     return [
-        f"{what}. The sites judged by their test rows, the ones that every score here is of, so the federated arm's "
-        "scores are too good (hint: in a simulation `validate` keeps other rows apart for it)."
+        f"{what}.",
+        "The sites judged released models by their test rows, the ones that every score here is of, so the federated "
+        "arm's scores are too good (hint: in a simulation `validate` keeps other rows apart for it).",
     ]
 
 
@@ -388,7 +402,11 @@ def comparison_result(
         train=first.train,
     )
     rounds = sum(r.rounds for r in results)
-    said = warnings.of_comparison(result, rounds, first.notes, own_test_rows=own_test_rows)
+    notes = [
+        note if all(note in each.notes for each in results) else f"In the first split: {note}"
+        for note in first.notes
+    ]
+    said = warnings.of_comparison(result, rounds, notes, own_test_rows=own_test_rows)
     return replace(result, warnings=said)
 
 

@@ -24,6 +24,7 @@ from fedcore.errors import GuardTripped
 from fedcore.learning.optimisers import ServerState
 from fedcore.learning.released import largest_move
 from fedcore.results.json_record import JsonRecord
+from fedcore.secagg.algorithms import algorithm_of
 from fedcore.secagg.plan import RoundPlan
 from fedcore.types import FloatVector, SiteId, WideVector
 
@@ -184,7 +185,8 @@ class Guard:
         self.anchor = round_, state.parameters
 
     def _tripped(self, round_: int, cause: str, found: str) -> GuardTripped:
-        return GuardTripped((self.site,), round_, cause, found=found)
+        calmer = algorithm_of(self.plan.train.algorithm).calmer
+        return GuardTripped((self.site,), round_, cause, found=found, calmer=calmer)
 
 
 def judge_all(guards: Sequence[Guard], state: ServerState, round_: int) -> None:
@@ -196,5 +198,5 @@ def judge_all(guards: Sequence[Guard], state: ServerState, round_: int) -> None:
         except GuardTripped as error:
             tripped.append(error)
     if tripped:
-        sites = tuple(site for error in tripped for site in error.sites)
-        raise GuardTripped(sites, round_, tripped[0].cause, found=tripped[0].found)
+        sites, first = tuple(site for error in tripped for site in error.sites), tripped[0]
+        raise GuardTripped(sites, round_, first.cause, found=first.found, calmer=first.calmer)

@@ -26,6 +26,7 @@ class Algorithm:
     hold for}; because: why. own_loop: whether its rules need Fedcore's
     local loop, whose gradients they change. personal: whether
     a site uses a model of its own. plain_mean: whether it needs the server optimiser fedavg with a rate of 1.
+    calmer: what to change where training diverges, in words.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Algorithm:
     own_loop: bool = False
     plain_mean: bool = False
     personal: bool = False
+    calmer: str = "lower train.lr or round.server_lr"
 
 
 ALGORITHMS = {
@@ -67,6 +69,9 @@ ALGORITHMS = {
             because="it has a proximal term of its own, feddyn_alpha",
             own_loop=True,
             plain_mean=True,
+            # What a site keeps is alpha times the sum of all its moves, and the server adds it back divided by alpha.
+            calmer="raise train.feddyn_alpha tenfold, or lower train.lr or train.epochs; "
+            'algorithm = "scaffold" removes drift without such swings',
         ),
         Algorithm(
             "ditto",

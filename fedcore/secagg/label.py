@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 _PROTECTS, _PROTECTS_NOT = "Protects against: ", "Does not protect against: "
 _PUBLIC = "It learns the metrics of each release over all its sites: the plan makes them public."
 _ENDS = "It learns after which round the sites end training, which follows from their metrics."
+_JUDGED = (
+    "The sites judge released models by the metrics of their test rows (round.judge), so the scores of the model on "
+    "these rows are too good."
+)
 _GROUPS = (
     "The {sites} sites are in groups of {group} or more, and the updates of each group are opened as a sum of their "
     "own (round.aggregate): whoever sees sums sees these, so an update hides among those of its group alone, and the "
@@ -71,6 +75,7 @@ class Terms:
     statistics: str = "ranges"
     single_site_features: bool = False
     second_block: bool = False
+    judged: bool = False
     ends: bool = False
     group: int = 0
     privacy: PrivacyPlan | None = None
@@ -99,6 +104,7 @@ class Terms:
             protection=plan.protection, sites=plan.server.cohort or plan.sites, threshold=plan.threshold,
             cipher=plan.cipher, public_metrics=plan.public_metrics, release=plan.release,
             statistics=plan.standardise, second_block=len(plan.blocks) > 1,
+            judged=plan.server.judge is not None,
             ends=plan.server.judge is not None and plan.server.judge.ends,
             group=0 if plan.server.groups is None else plan.server.groups.smallest, privacy=plan.privacy,
         )  # fmt: skip
@@ -119,7 +125,7 @@ class Terms:
             public_metrics=job.track.public_metrics, release=protect.release,
             statistics=job.train.standardise, single_site_features=protect.single_site_features,
             second_block=bool(algorithm_of(job.train.algorithm).second_block),
-            ends=ends_early(job.round), group=smallest_group(job.round, sites),
+            judged=is_judged(job.round), ends=ends_early(job.round), group=smallest_group(job.round, sites),
             privacy=privacy,
         )  # fmt: skip
 
@@ -171,7 +177,7 @@ def label_of(terms: Terms, few_sites: Sequence[str] | None = None) -> str:
         lines[0] += f" {_ENDS}"
     if terms.second_block and layers.protects:
         lines[-1] += f" {_TWO_BLOCKS}"
-    lines += _statistics(terms, few_sites)
+    lines += _of_rows(terms, few_sites)
     if terms.privacy is not None:
         return "\n".join([*lines, _bounded(terms.privacy, terms.threshold)])
     lines.append(
@@ -226,9 +232,9 @@ def _bounded(privacy: PrivacyPlan, threshold: int) -> str:
     )
 
 
-def _statistics(terms: Terms, few_sites: Sequence[str] | None) -> list[str]:
-    """What sums over the sites' columns reveal, where there are any."""
-    said = []
+def _of_rows(terms: Terms, few_sites: Sequence[str] | None) -> list[str]:
+    """What sums over the sites' columns reveal, where there are any, and whether test rows choose the model."""
+    said = [_JUDGED] if terms.judged else []
     if terms.statistics == "federated":
         said.append(
             "Exact sums of every column over all sites are opened before the first round, to whoever sees "

@@ -8,7 +8,7 @@ import torch
 from support.results import result_of, stored
 
 import fedcore
-from fedcore.experiment.convergence import trends
+from fedcore.experiment.convergence import Divergence, diverged, trends
 from fedcore.report import markdown, page
 from fedcore.report import sentences as say
 from fedcore.report.terminal import as_text, summary
@@ -24,6 +24,27 @@ def trend(scores, lower=False):
 
 def noise(rounds, size, seed):
     return np.random.default_rng(seed).normal(0, size, rounds)
+
+
+@pytest.mark.parametrize(
+    ("federated", "centralised", "found"),
+    [
+        ([0.7, 0.3, 0.5, 0.61], [0.7, 0.3, 0.3, 0.31], Divergence(2, 0.3, 0.61)),
+        ([0.7, 0.3, 0.9, 0.59], [0.7, 0.3, 0.3, 0.31], None),  # swings, and ends near its best
+        ([0.7, 0.3, 0.5, 0.61], [0.7, 0.2, 0.3, 0.41], None),  # both learn training rows by heart
+        ([0.7, 0.3, 0.5, 0.61], [], Divergence(2, 0.3, 0.61)),
+        ([-1.0, -2.0, -0.5, -0.4], [], None),  # of a density
+        ([None, None], [0.7, 0.3], None),
+        ([], [0.7, 0.3], None),
+    ],
+)
+def test_an_arm_diverges_where_its_loss_ends_far_above_its_least(federated, centralised, found):
+    losses = {"federated": federated, "centralised": centralised}
+    rows = [
+        RoundRow(arm=arm, round=place, loss=loss)
+        for arm, of_arm in losses.items() for place, loss in enumerate(of_arm, start=1)
+    ]  # fmt: skip
+    assert diverged(rows) == found
 
 
 @pytest.mark.parametrize("rounds", [8, 20, 60])

@@ -17,7 +17,7 @@ from fedcore.experiment.loop import Experiment
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning import saved, scoring
 from fedcore.learning.data.rows import ArrayRows
-from fedcore.learning.guard import FLOOR, Guard, GuardMemory, GuardRules
+from fedcore.learning.guard import FLOOR, Guard, GuardMemory, GuardRules, judge_all
 from fedcore.learning.model import FlatModel
 from fedcore.learning.optimisers import (
     apply_update,
@@ -111,6 +111,20 @@ def test_a_site_that_joins_late_compares_with_the_untrained_model_too(monkeypatc
     made, state = guard_of([1.0, 0.6], monkeypatch)
     made.judge(state, 9)
     assert made.memory == GuardMemory(1.0, 0.6, 0, 9)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "change"),
+    [("averaging", "lower train.lr"), ("feddyn", "raise train.feddyn_alpha")],
+)
+def test_a_trip_names_what_to_change_under_the_algorithm(algorithm, change, monkeypatch):
+    made, state = guard_of([1.0, 3.1], monkeypatch)
+    train = replace(made.plan.train, algorithm=algorithm)
+    made.plan = replace(made.plan, train=train, server=ServerPlan())
+    judge_all([made], state, 0)
+    with pytest.raises(GuardTripped) as tripped:
+        judge_all([made], state, 1)
+    assert change in (tripped.value.remedy or "")
 
 
 def test_what_other_sites_are_told_has_no_number(monkeypatch):

@@ -518,3 +518,17 @@ def test_a_plan_and_its_job_have_the_same_cipher_in_their_label():
     job = build_job({"protection": "layered", "cipher": "keystream"})
     assert Terms.of_job(job, 4).cipher == "keystream"
     assert Terms.of_job(build_job({}), 4).cipher == "bfv"
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_a_label_says_that_test_rows_choose_the_model(protection):
+    """Also under `plain`: the scores are too good whoever sees them."""
+    asked = {"protection": protection, "judge": "released", "keep": "best"}
+    chosen = Terms.of_job(build_job({"task": "heart"}, asked), 4)
+    last = build_job({"task": "heart"}, {"protection": protection})
+    said = "The sites judge released models by the metrics of their test rows"
+    assert said in label_of(chosen) and "too good" in label_of(chosen)
+    assert said not in label_of(Terms.of_job(last, 4))
+    shape = ModelShape("heart", "00", 21, 0, 13, "columns", (Wide(METRIC + "auc", 512, 10),))
+    plan = plan_of(build_job({"task": "heart"}, asked), shape, ("a", "b", "c", "d"), 512)
+    assert Terms.of_plan(plan) == replace(chosen, sites=("a", "b", "c", "d"))
