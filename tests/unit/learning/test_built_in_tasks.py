@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from fedcore.errors import BadInput, UnknownName
+from fedcore.experiment.loop import Experiment
+from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning.data import data_files, fashion, loans, thyroid
 from fedcore.learning.data.loading import load_rows
 from fedcore.learning.task import BUILT_IN, load_task
@@ -126,6 +128,18 @@ def test_five_referral_sources():
     assert thyroid.task.loss(thyroid.task.model()(x), torch.tensor([0, 1])).item() > 0
     with pytest.raises(UnknownName):
         thyroid.data("WEST")
+
+
+def test_no_source_leaves_over_the_first_models():
+    """A model that knows only what is common is worse than none at the source with most ill patients."""
+    given = {"task": "thyroid", "protection": "plain", "arms": ["federated"]}
+    experiment = Experiment(prepare(*job_for(None, given)))
+    for row in experiment.rounds():
+        strikes = [guard.memory.strikes for guard in experiment.federation.guards]
+        assert strikes == [0] * 5
+        if row.round == 4:
+            break
+    assert row.number("auc") > 0.9
 
 
 def lent(rows):
