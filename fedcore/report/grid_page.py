@@ -72,6 +72,9 @@ def render(result: GridResult, files: list[str]) -> str:
         sites=grid_tables.sites_tables(result),
         cost=grid_tables.cost_tables(result),
         plots=_plots(result),
+        plotted="epsilon and by bytes"
+        if any(map(grid_plots.by_epsilon, grid_tables.groups(result).values()))
+        else "bytes",
         warnings=grid_tables.warnings(result),
         cells=[
             (f"{cell.folder}/{PAGE}", ", ".join(map(phrases.plain, cell.names)))

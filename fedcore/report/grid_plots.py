@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 LINES = ("federated", "local_only", "centralised", "federated_float")
 """Colours of the lines of cells, in this order, each with every one of `DASHES` before the next."""
 
+_POOLED = "centralised", 2
+
 _REFERENCES = ("centralised", "local_only", "federated")
 
 
@@ -77,7 +79,8 @@ def drawn_by_bytes(cells: Sequence[GridCell]) -> list[GridCell]:
 
 
 def bytes_figure(cells: Sequence[GridCell], size: tuple[float, float] = WIDE) -> Figure:
-    """Score after each round against what a site had sent and received by then, a line for each cell."""
+    """Score after each round against what a site had sent and received by then, a line for each cell, and one for what
+    pooling reaches with the settings of the first."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -88,6 +91,9 @@ def bytes_figure(cells: Sequence[GridCell], size: tuple[float, float] = WIDE) ->
             colour, dashes = line_of(place)
             x, y = zip(*cell.by_bytes, strict=True)
             axes.plot(x, y, color=COLOURS[colour], linestyle=DASHES[dashes], linewidth=1.8)
+        if (pooled := drawn_by_bytes(cells)[0].score("centralised")) is not None:
+            colour, dashes = _POOLED
+            axes.axhline(pooled, color=COLOURS[colour], linestyle=DASHES[dashes], linewidth=1.2)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6 if size == WIDE else 4))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -103,4 +109,9 @@ def bytes_figure(cells: Sequence[GridCell], size: tuple[float, float] = WIDE) ->
 
 def names_of(cells: Sequence[GridCell]) -> list[tuple[str, int, str]]:
     """(colour, dashes, name) of each line of `bytes_figure`."""
-    return [(*line_of(i), cell_name(cell, cells)) for i, cell in enumerate(drawn_by_bytes(cells))]
+    drawn = drawn_by_bytes(cells)
+    found = [(*line_of(place), cell_name(cell, cells)) for place, cell in enumerate(drawn)]
+    if drawn[0].score("centralised") is not None:
+        of_first = f", {cell_name(drawn[0], cells)}" if len(drawn) > 1 else ""
+        found.append((*_POOLED, f"pooled{of_first}"))
+    return found

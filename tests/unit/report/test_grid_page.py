@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.config.grid_file import cells_of, read_grid
+from fedcore.config.grid_file import GridFile, cells_of, read_grid
 from fedcore.report import grid_page, grid_tables
 from fedcore.report.grid_terminal import summary
 from fedcore.report.terminal import as_text
@@ -118,8 +118,17 @@ def test_the_page_draws_both_plots_and_links_to_every_comparison():
     assert [f'href="cells/0{i}/report.html"' in html for i in range(1, 6)] == [True] * 4 + [False]
     assert "no such rate" in html and "exactly 0" in html and "USD" in html
     assert "http://" not in html and "https://" not in html and "<script" not in html
+    assert "Score by epsilon and by bytes" in html and "pooled, " in html
     alone = grid_page.render(grid(cell(1, by_bytes=())), [])
     assert "<figure>" not in alone
+    alone = grid_page.render(grid(cell(1)), [])
+    assert "Score by bytes" in alone and "pooled" in alone
+    without = {arm: found for arm, found in cell(1).arms.items() if arm != "centralised"}
+    unpooled = grid_page.render(grid(cell(1, arms=without)), [])
+    colour = "stroke: var(--plot-centralised)"
+    assert (
+        alone.count(colour) == unpooled.count(colour) + 2
+    )  # drawn for a wide page and for a phone
 
 
 def test_nothing_of_a_result_reaches_a_page_unescaped():
@@ -165,8 +174,9 @@ KEPT = sorted((Path(__file__).parents[3] / "docs" / "benchmarks").glob("*.json")
 def test_results_that_are_kept_are_of_the_grid_beside_them_and_name_no_machine(file):
     found = json.loads(file.read_text())
     result = GridResult.from_json(found)
-    grid = read_grid(file.with_suffix(".toml")).model_dump(mode="json")
-    assert {**grid, "kind": "grid", "base": "."} == result.asked
+    asked = dict(result.asked)
+    assert (asked.pop("kind"), Path(asked.pop("base")).is_absolute()) == ("grid", False)
+    assert GridFile.model_validate(asked) == read_grid(file.with_suffix(".toml"))
     assert [cell.names for cell in result.cells] == [
         c.names for c in cells_of(read_grid(file.with_suffix(".toml")), file.parent)
     ]
