@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -260,10 +261,6 @@ class SiteTrainer:
         if (private := self.job.privacy).epsilon is not None:
             refuse_site(self.task, self.flat.module, self.site.train, private.unit, self.site.id)
         self._rules = rules_of(train_plan(self.job.train))
-        self.public: Statistics | None = None
-        """The scale of the rows' declared ranges, where the job goes by these."""
-        if self.layout is not None and self.job.train.standardise == "ranges":
-            self.public = Statistics.of_ranges(self.layout.names, self.layout.ranges)
         self._learns_scale = learns_scale(self.task, self.job, self.site.train)
         self._inputs: tuple[Statistics | None, SiteRows] | None = None
         self._scored: tuple[object, int, Scored | None] = (None, 0, None)
@@ -294,6 +291,13 @@ class SiteTrainer:
     def layout(self) -> RowLayout | None:
         """How a table's raw columns become inputs; None for rows that need no statistics."""
         return self.site.train.layout if isinstance(self.site.train, TableRows) else None
+
+    @cached_property
+    def public(self) -> Statistics | None:
+        """The scale of the rows' declared ranges, where the job goes by these."""
+        if self.layout is None or self.job.train.standardise != "ranges":
+            return None
+        return Statistics.of_ranges(self.layout.names, self.layout.ranges)
 
     @property
     def columns(self) -> tuple[Column, ...]:
