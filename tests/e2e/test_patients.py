@@ -89,17 +89,20 @@ RECORDER = """
 import os, threading
 from fedcore.wire.codec import Codec
 kept, busy = open(os.environ["FRAMES"], "ab", buffering=0), threading.Lock()
-unpack, pack = Codec.unpack, Codec.pack
-def received(self, data, *, sender):
-    with busy:
-        kept.write(b"<<" + data)
-    return unpack(self, data, sender=sender)
+pack = Codec.pack
+def recorded(unpack):
+    def received(self, data, *, sender):
+        with busy:
+            kept.write(b"<<" + data)
+        return unpack(self, data, sender=sender)
+    return received
 def sent(self, frame):
     data = pack(self, frame)
     with busy:
         kept.write(b">>" + data)
     return data
-Codec.unpack, Codec.pack = received, sent
+Codec.unpack, Codec.unpack_each = recorded(Codec.unpack), recorded(Codec.unpack_each)
+Codec.pack = sent
 """
 
 PLACES = ("data", "model", "round 2", "evaluate", "killed", "exits")
