@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedcore.learning.data.rows import ArrayRows
 from fedcore.learning.model import seeded
@@ -56,6 +57,22 @@ class Search:
     rate: float = 0.05
     prior: tuple[float, float] = (1e-4, 1e-6)
     variation: float = 1e-3
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """What is known of a site's local training on a batch. count: steps on it; rate, momentum, decay: of SGD."""
+
+    count: int = 1
+    rate: float = 0.0
+    momentum: float = 0.0
+    decay: float = 0.0
+
+    @property
+    def gradients(self) -> float:
+        """How many times a gradient that stays the same is in the update."""
+        m = self.momentum
+        return sum(m ** (step - each) for step in range(self.count) for each in range(step + 1))
 
 
 @dataclass(frozen=True)
@@ -277,28 +294,42 @@ def labels(
 def match(
     task: Task, module: nn.Module, gradient: WideVector, exact: tuple[float, float], classes: NDArray[np.int64],
     like: ArrayRows, picture: Sequence[int] | None, prior: Prior, search: Search, *, seed: int,
+    local: LocalSteps | None = None,
 ) -> tuple[Inputs, float]:  # fmt: skip
     """((rows, ...) inputs whose gradient is closest to the given one, 1 - cosine of the two).
 
     exact: as in `linear_inputs`; what was clipped is not compared. classes: of the rows, in the order of the inputs.
     like: rows of the task, for shapes and types only. picture: (height, width) or (channels, height, width) of one
-    row, None where it is none. seed: of the random starts.
+    row, None where it is none. seed: of the random starts. local: steps that are simulated for each candidate, where
+    `gradient` is an update of several, over the rate and with its sign turned.
     """
     module.train()
     wanted = torch.cat([part.reshape(-1) for part in _parts(module, gradient).values()])
     whole = wanted.abs() < exact[1]
     wanted = wanted * whole
     size, shape, width = wanted.norm(), tuple(like.x.shape[1:]), prior.span[1] - prior.span[0]
-    trained = [p for p in module.parameters() if p.requires_grad]
+    local = local or LocalSteps()
+    trained: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.requires_grad}
     targets = torch.from_numpy(classes).to(like.y.dtype).reshape(-1, *like.y.shape[1:])
 
     def far(free: Tensor, share: float) -> tuple[Tensor, Tensor]:
         inputs = prior.rows(free)
-        loss = loss_of(task, like, module(inputs.reshape(-1, *shape)), targets)
-        mine = torch.autograd.grad(
-            loss, trained, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        flat = torch.cat([part.reshape(-1) for part in mine]) * whole
+        now, speed, done = trained, list[Tensor](), list[Tensor]()
+        for _ in range(local.count):
+            outputs = functional_call(module, now, (inputs.reshape(-1, *shape),))
+            mine = torch.autograd.grad(
+                loss_of(task, like, outputs, targets), list(now.values()),
+                create_graph=True, allow_unused=True, materialize_grads=True,
+            )  # fmt: skip
+            slope = [g + local.decay * p for g, p in zip(mine, now.values(), strict=True)]
+            speed = (
+                [g + local.momentum * v for g, v in zip(slope, speed, strict=True)]
+                if speed
+                else slope
+            )
+            done = [d + v for d, v in zip(done, speed, strict=True)] if done else speed
+            now = {n: p - local.rate * v for (n, p), v in zip(now.items(), speed, strict=True)}
+        flat = torch.cat([part.reshape(-1) for part in done]) * whole
         apart = 1 - flat @ wanted / (flat.norm() * size + 1e-20)
         rough = search.variation * _variation(inputs[0], picture, width)
         return apart[None], apart + prior.penalty(free, inputs, share, search) + rough

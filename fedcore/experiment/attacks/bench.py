@@ -39,7 +39,7 @@ _DIGITS = {"task": "digits", "folds": 2, "train.lr": 0.5}
 
 PARTS = (
     Part(("analytic",), _FASHION, _of_linear_layers),
-    Part(("analytic", "inversion"), _FASHION),
+    Part(("analytic", "inversion", "inversion-local"), _FASHION),
     # Passes enough that the model remembers some of its rows: a control that finds nothing says nothing.
     Part(
         ("membership-quantile", "membership-lira", "membership-rmia"),

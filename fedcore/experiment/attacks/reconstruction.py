@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from fedcore.experiment.attacks.likeness import CANDIDATES, Likeness
 from fedcore.experiment.attacks.scene import UPLOAD, GradientView, Scene, StepRound
 from fedcore.learning.gradient_matching import (
     Inputs,
+    LocalSteps,
     first_linear,
     inputs_behind,
     labels,
@@ -67,52 +69,86 @@ def analytic(scene: Scene) -> Iterator[AttackRow | Reconstruction]:
 
 def inversion(scene: Scene) -> Iterator[AttackRow | Reconstruction]:
     """Inputs are searched whose gradient points where the view points."""
-    like, module = scene.inputs, scene.prepared.flat.module
-    shape = tuple(like.x.shape[1:])
-    reason = scene.why_no_step()
-    nothing = np.zeros(scene.prepared.plan.parameters)
-    if reason is None and (
-        like.labels() is None or labels(module, nothing, 1, shape, scene.span, seed=0) is None
-    ):
-        reason = (
-            "labels are read off the bias of a last linear layer of a classifier, and there is none"
-        )
+    reason = _why_no_search(scene)
     if reason is not None:
         yield _refused("inversion", scene, reason)
         return
-
-    def attempt(flat: FlatModel, view: GradientView, _: StepRound) -> Inputs:
-        rows = min(view.rows, _MOST_ROWS)
-        seed = derive_seed(scene.seed, view.rows, "", "inversion")
-        classes = labels(flat.module, view.gradient, rows, shape, scene.span, seed=seed)
-        assert classes is not None
-        return match(
-            scene.task, flat.module, view.gradient, view.exact, classes, like, scene.picture, scene.prior,
-            scene.effort.search, seed=seed,
-        )[0]  # fmt: skip
-
     for batch in scene.effort.batches:
+        attempt = partial(_matched, scene, 1, 1)
         yield from _attacked("inversion", scene, batch, attempt, scene.effort.searched_rows)
 
 
+def after_local_steps(scene: Scene) -> Iterator[AttackRow | Reconstruction]:
+    """The same where each site takes several steps on its rows: once as if it were one step, once with the steps
+    simulated for each candidate."""
+    name, reason = "inversion-local", _why_no_search(scene)
+    if reason is None and scene.job.privacy.epsilon:
+        reason = "under differential privacy a site takes one step a round"
+    if reason is not None:
+        yield _refused(name, scene, reason)
+        return
+    batch = scene.effort.batches[-1]
+    for count in scene.effort.local_steps:
+        for simulated, said in ((1, "as one"), (count, "simulated")):
+            attempt = partial(_matched, scene, count, simulated)
+            yield from _attacked(
+                name,
+                scene,
+                batch,
+                attempt,
+                scene.effort.searched_rows,
+                (count, f"{count} steps {said}"),
+            )
+
+
+def _why_no_search(scene: Scene) -> str | None:
+    like, module = scene.inputs, scene.prepared.flat.module
+    if (reason := scene.why_no_step()) is not None:
+        return reason
+    nothing, shape = np.zeros(scene.prepared.plan.parameters), tuple(like.x.shape[1:])
+    if like.labels() is None or labels(module, nothing, 1, shape, scene.span, seed=0) is None:
+        return (
+            "labels are read off the bias of a last linear layer of a classifier, and there is none"
+        )
+    return None
+
+
+def _matched(
+    scene: Scene, count: int, simulated: int, flat: FlatModel, view: GradientView, step: StepRound
+) -> Inputs:
+    """Rows by a search for the same gradient, or for the same update of steps of which some are simulated."""
+    like, rows, train = scene.inputs, min(view.rows, _MOST_ROWS), scene.prepared.plan.train
+    local = LocalSteps(count, step.rate, train.momentum, train.weight_decay if count > 1 else 0.0)
+    seed = derive_seed(scene.seed, view.rows, "", "inversion")
+    shape = tuple(like.x.shape[1:])
+    mean = view.gradient / local.gradients
+    classes = labels(flat.module, mean, rows, shape, scene.span, seed=seed)
+    assert classes is not None
+    return match(
+        scene.task, flat.module, view.gradient, view.exact, classes, like, scene.picture, scene.prior,
+        scene.effort.search, seed=seed, local=local if simulated > 1 else None,
+    )[0]  # fmt: skip
+
+
 def _attacked(
-    name: str, scene: Scene, batch: int, attempt: Attempt, wanted: int
-) -> Iterator[AttackRow | Reconstruction]:
-    """A row for each view of a step on `batch` rows, under each protection; with a picture of each first row."""
+    name: str, scene: Scene, batch: int, attempt: Attempt, wanted: int, local: tuple[int, str] = (1, ""),
+) -> Iterator[AttackRow | Reconstruction]:  # fmt: skip
+    """A row for each view of a step on `batch` rows, under each protection; with a picture of each first row. local:
+    steps, and what is said of them; of several only uploads are attacked, since a sum is harder still."""
     rounds, width = max(1, wanted // batch), scene.span[1] - scene.span[0]
     everything = _flat(scene.inputs.x.numpy())
-    flat, setting = scene.prepared.flat, f"batch {batch}"
+    flat, setting = scene.prepared.flat, f"batch {batch}" + (f", {local[1]}" if local[1] else "")
     made: dict[
         bytes, np.ndarray
     ] = {}  # two parties, or two protections, may give the same gradient
     for protection in scene.protections:
         scores: dict[tuple[str, str], Likeness] = defaultdict(Likeness)
         pictures: list[Reconstruction] = []
-        for number, step in enumerate(scene.steps(protection, batch, rounds)):
+        for number, step in enumerate(scene.steps(protection, batch, rounds, local[0])):
             truth = _flat(step.rows.x.numpy())
             known = {row.tobytes() for row in truth}
             others = everything[[row.tobytes() not in known for row in everything]]
-            for view in step.views:
+            for view in (v for v in step.views if local[0] == 1 or v.source == UPLOAD):
                 if (key := view.gradient.tobytes()) not in made:
                     flat.write(step.start)
                     with single_thread():

@@ -34,6 +34,9 @@ class Attack:
 ATTACKS: dict[str, Attack] = {
     "analytic": Attack("rows from the first linear layer's gradient", reconstruction.analytic),
     "inversion": Attack("rows by a search for the same gradient", reconstruction.inversion),
+    "inversion-local": Attack(
+        "rows of several local steps, by the same search", reconstruction.after_local_steps
+    ),
     "membership-quantile": Attack(
         "training rows told by a surer model than expected of them", membership.quantile
     ),

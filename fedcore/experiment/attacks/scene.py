@@ -55,19 +55,21 @@ class GradientView:
 @dataclass(frozen=True)
 class StepRound:
     """One round of one step a site. start: (d,) float32, the model it began with, which every party but the
-    coordinator of an encrypted job has; rows: the target's, as inputs: the truth."""
+    coordinator of an encrypted job has; rows: the target's, as inputs: the truth; rate: of the round."""
 
     start: np.ndarray[tuple[int], np.dtype[np.float32]]
     rows: ArrayRows
     views: tuple[GradientView, ...]
+    rate: float
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much an attack takes. batches: rows of a step; rows: reconstructed for each batch, analytically and by a
-    search; search: how, for the same gradient; behind: how, for given features."""
+    """How much an attack takes. batches: rows of a step; local_steps: on the largest of them; rows: reconstructed for
+    each batch, analytically and by a search; search: how, for the same gradient; behind: how, for given features."""
 
     batches: tuple[int, ...] = (1, 4)
+    local_steps: tuple[int, ...] = (4,)
     analytic_rows: int = 16
     searched_rows: int = 4
     search: Search = field(default_factory=lambda: Search(steps=200))
@@ -80,6 +82,7 @@ PRESETS = {
     "quick": Effort(),
     "full": Effort(
         (1, 2, 4, 8),
+        (2, 4, 16),
         64,
         32,
         Search(steps=2000, starts=4),
@@ -179,13 +182,13 @@ class Scene:
             return f"algorithm {train.algorithm!r} sends something else than one step's gradient"
         return None
 
-    def steps(self, protection: str, rows: int, rounds: int) -> Iterator[StepRound]:
-        """Rounds of the job in which every site takes one step on `rows` of its training rows, others each round; the
-        target is another site each time."""
+    def steps(self, protection: str, rows: int, rounds: int, local: int = 1) -> Iterator[StepRound]:
+        """Rounds of the job in which every site takes one step, or `local` ones, on `rows` of its training rows, others
+        each round; the target is another site each time."""
         job = self.of(protection)
         job = replace(
             job,
-            train=job.train.model_copy(update={"epochs": 1, "batch_size": rows}),
+            train=job.train.model_copy(update={"epochs": local, "batch_size": rows}),
             round=job.round.model_copy(update={"rounds": rounds, "drop": (), "dropout": 0.0}),
         )
         with single_thread():
@@ -214,13 +217,14 @@ def _recorded(federation: Federation, turn: int, rows: int) -> StepRound:
     federation.advance(trace)
     bits, bound, sites = plan.packing.bits, start.server.bound, len(trace.survivors)
     size = plan.parameters
+    rate = learning_rate(plan.train, step.training_round, plan.rounds)
     if plan.privacy:  # the sum over the rows, not their mean
         scale = 1 / plan.privacy.scale(plan.train.lr, plan.max_examples) / rows
     else:
-        rate = learning_rate(plan.train, step.training_round, plan.rounds)
         scale = plan.max_examples / plan.weight_of(rows) / rate
     model = start.server.model
-    decay = 0.0 if plan.privacy else plan.train.weight_decay
+    # Of several steps it is part of what is simulated.
+    decay = 0.0 if plan.privacy or plan.train.epochs > 1 else plan.train.weight_decay
     exact = (4 * step_size(bits, bound) * scale, 0.999 * bound * scale)
 
     def view(party: str, source: str, fields: np.ndarray, of: int) -> GradientView:
@@ -237,4 +241,4 @@ def _recorded(federation: Federation, turn: int, rows: int) -> StepRound:
             found.append(view(party, SUM, has.mean, of))
     site = federation.sites[target].standard_rows(start).train
     assert isinstance(site, ArrayRows)
-    return StepRound(model, site, tuple(found))
+    return StepRound(model, site, tuple(found), rate)

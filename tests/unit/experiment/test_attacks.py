@@ -29,7 +29,7 @@ from fedcore.experiment.attacks.registry import run_attacks
 from fedcore.experiment.attacks.scene import Effort, Scene
 from fedcore.experiment.prepare import job_for
 from fedcore.learning import gradient_matching
-from fedcore.learning.gradient_matching import Search
+from fedcore.learning.gradient_matching import Prior, Search
 from fedcore.report.attack_page import picture_uri, write_page
 from fedcore.results import AttackResult, RocCurve
 
@@ -102,6 +102,40 @@ def test_a_search_finds_a_single_row_under_plain_and_nothing_under_layered():
     assert plain.value == 1.0
     assert plain.more["psnr_db"] > 20
     assert hidden.more["psnr_db"] < 12
+
+
+def test_of_several_local_steps_a_search_that_simulates_them_comes_closer():
+    """The update of SGD with momentum and decay is what the simulation gives for the true row, to rounding."""
+    layer = {
+        "task": "digits",
+        "protect.protection": "plain",
+        "train.momentum": 0.5,
+        "train.weight_decay": 0.01,
+    }
+    scene = Scene(*job_for(None, layer))
+    (step,) = scene.steps("plain", 1, 1, 6)
+    (view,) = [v for v in step.views if (v.party, v.source) == ("coordinator", "the upload")]
+    flat = scene.prepared.flat
+    flat.write(step.start)
+    exactly = Prior(
+        step.rows.x[0], torch.zeros(64, 64), scene.span
+    )  # of candidates there is the true row alone
+
+    def distance(local):
+        return gradient_matching.match(
+            scene.task, flat.module, view.gradient, view.exact, step.rows.y.numpy(), step.rows, None,
+            exactly, Search(1, 1), seed=0, local=local,
+        )[1]  # fmt: skip
+
+    simulated = gradient_matching.LocalSteps(6, step.rate, 0.5, 0.01)
+    assert distance(simulated) < 1e-4
+    assert distance(replace(simulated, momentum=0.0)) > 10 * distance(simulated)
+    assert distance(None) > 10 * distance(simulated)
+
+
+def test_steps_with_momentum_count_more_than_once():
+    assert gradient_matching.LocalSteps(3, momentum=0.0).gradients == 3
+    assert gradient_matching.LocalSteps(3, momentum=0.5).gradients == 1 + 1.5 + 1.75
 
 
 def test_pictures_are_the_task_s_rows_beside_their_reconstructions():
