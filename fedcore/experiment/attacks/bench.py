@@ -46,7 +46,10 @@ PARTS = (
         _DIGITS | {"train.epochs": 10},
     ),
     Part(("source",), _DIGITS | {"train.epochs": 20}),
-    Part(("audit-step", "audit-training"), {"task": "heart", "privacy.epsilon": 3}),
+    Part(
+        ("audit-step", "audit-training"),
+        {"task": "heart", "privacy.epsilon": 3, "protect.max_examples": 320},
+    ),
     Part(("lying-site",), {"task": "heart"}),
 )
 

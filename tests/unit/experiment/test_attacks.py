@@ -27,7 +27,7 @@ from fedcore.experiment.attacks.likeness import MOST_PSNR, Likeness, similarity
 from fedcore.experiment.attacks.reconstruction import analytic, inversion
 from fedcore.experiment.attacks.registry import run_attacks
 from fedcore.experiment.attacks.scene import Effort, Scene
-from fedcore.experiment.prepare import job_for
+from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning import gradient_matching
 from fedcore.learning.gradient_matching import Prior, Search
 from fedcore.report.attack_page import picture_uri, write_page
@@ -222,6 +222,12 @@ def test_without_a_task_each_attack_has_a_task_of_its_own():
     assert found.task == "digits, heart"
     with pytest.raises(UnknownName, match="lying-site"):
         run_bench(["lying-sites"], parts=parts)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.layer['task']} {part.attacks[0]}")
+def test_the_job_of_each_part_can_run(part):
+    task, job = part.of()
+    assert prepare(task, job).plan.rounds > 0
 
 
 def test_what_was_clipped_is_not_taken_for_the_gradient():
