@@ -363,8 +363,8 @@ def attack(
     if out is not None and out.exists():
         raise AlreadyExists(f"--out: found {out}, expected a new folder", remedy="another --out")
     say("loading torch")
-    from fedcore.experiment.attacks.bench import run_bench
     from fedcore.experiment.attacks.registry import run_attacks
+    from fedcore.experiment.attacks.suite import run_suite
     from fedcore.experiment.prepare import job_for
     from fedcore.report.attack_table import attack_summary
 
@@ -373,7 +373,7 @@ def attack(
         if of_one_job:
             found = run_attacks(*job_for(None, *layers), names, preset=preset, rates=rates, say=say)
         else:
-            found = run_bench(names, *layers, preset=preset, rates=rates, say=say)
+            found = run_suite(names, *layers, preset=preset, rates=rates, say=say)
     if out is not None:
         from fedcore.report.attack_page import write_page
 

@@ -21,12 +21,12 @@ from support.small_tasks import tiny
 
 from fedcore.cli import main as commands
 from fedcore.errors import UnknownName
-from fedcore.experiment.attacks.bench import PARTS, Part, run_bench
 from fedcore.experiment.attacks.intervals import least_non_members, share_interval
 from fedcore.experiment.attacks.likeness import MOST_PSNR, Likeness, similarity
 from fedcore.experiment.attacks.reconstruction import analytic, inversion
 from fedcore.experiment.attacks.registry import run_attacks
 from fedcore.experiment.attacks.scene import Effort, Scene
+from fedcore.experiment.attacks.suite import ATTACKED_TASKS, AttackedTask, run_suite
 from fedcore.experiment.prepare import job_for, prepare
 from fedcore.learning import gradient_matching
 from fedcore.learning.gradient_matching import Prior, Search
@@ -202,7 +202,9 @@ def test_a_picture_of_clothes_is_found_behind_two_convolutions():
 
 
 def test_pictures_of_clothes_are_read_exactly_from_a_linear_layer():
-    scene = Scene(*PARTS[0].of({"protect.protection": "plain"}), Effort((1,), analytic_rows=4))
+    scene = Scene(
+        *ATTACKED_TASKS[0].of({"protect.protection": "plain"}), Effort((1,), analytic_rows=4)
+    )
     found = [each for each in analytic(scene) if each.view == "the upload"]
     rows = [each for each in found if "chance" in each]
     assert [each.value for each in rows] == [1.0, 1.0]
@@ -212,19 +214,21 @@ def test_pictures_of_clothes_are_read_exactly_from_a_linear_layer():
 
 def test_without_a_task_each_attack_has_a_task_of_its_own():
     parts = [
-        Part(("lying-site",), {"task": "digits"}),
-        Part(("audit-training",), {"task": "heart"}),
+        AttackedTask(("lying-site",), {"task": "digits"}),
+        AttackedTask(("audit-training",), {"task": "heart"}),
     ]
-    found = run_bench(parts=parts)
+    found = run_suite(parts=parts)
     assert [(each.attack, each.task) for each in found.rows] == [
         ("lying-site", "digits"), ("audit-training", "heart"),
     ]  # fmt: skip
     assert found.task == "digits, heart"
     with pytest.raises(UnknownName, match="lying-site"):
-        run_bench(["lying-sites"], parts=parts)
+        run_suite(["lying-sites"], parts=parts)
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.layer['task']} {part.attacks[0]}")
+@pytest.mark.parametrize(
+    "part", ATTACKED_TASKS, ids=lambda part: f"{part.layer['task']} {part.attacks[0]}"
+)
 def test_the_job_of_each_part_can_run(part):
     task, job = part.of()
     assert prepare(task, job).plan.rounds > 0

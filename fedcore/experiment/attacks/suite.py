@@ -16,7 +16,7 @@ from fedcore.results import AttackResult
 
 
 @dataclass(frozen=True)
-class Part:
+class AttackedTask:
     """attacks: by name. layer: settings of the job, below those of the command. change: of the task."""
 
     attacks: tuple[str, ...]
@@ -37,26 +37,26 @@ def _of_linear_layers(task: Task) -> Task:
 _FASHION = {"task": "fashion", "sites.rows": fashion.ROWS_HERE, "sites.n": 4}
 _DIGITS = {"task": "digits", "folds": 2, "train.lr": 0.5}
 
-PARTS = (
-    Part(("analytic",), _FASHION, _of_linear_layers),
-    Part(("analytic", "inversion", "inversion-local"), _FASHION),
+ATTACKED_TASKS = (
+    AttackedTask(("analytic",), _FASHION, _of_linear_layers),
+    AttackedTask(("analytic", "inversion", "inversion-local"), _FASHION),
     # Passes enough that the model remembers some of its rows: a control that finds nothing says nothing.
-    Part(
+    AttackedTask(
         ("membership-quantile", "membership-lira", "membership-rmia"),
         _DIGITS | {"train.epochs": 10},
     ),
-    Part(("source",), _DIGITS | {"train.epochs": 20}),
-    Part(
+    AttackedTask(("source",), _DIGITS | {"train.epochs": 20}),
+    AttackedTask(
         ("audit-step", "audit-training"),
         {"task": "heart", "privacy.epsilon": 3, "protect.max_examples": 320},
     ),
-    Part(("lying-site",), {"task": "heart"}),
+    AttackedTask(("lying-site",), {"task": "heart"}),
 )
 
 
-def run_bench(
+def run_suite(
     names: Sequence[str] = (), *layers: Mapping[str, Any], preset: str = "quick", rates: Sequence[float] = (),
-    say: Callable[[str], None] = lambda _: None, parts: Sequence[Part] = PARTS,
+    say: Callable[[str], None] = lambda _: None, parts: Sequence[AttackedTask] = ATTACKED_TASKS,
 ) -> AttackResult:  # fmt: skip
     """The rows of the named attacks, of all where none is named, each row with the task that it is about. layers:
     settings of the jobs, above those of the parts. Raises as `run_attacks`."""
