@@ -278,6 +278,7 @@ class Settings(TypedDict, total=False):
     colluders: int
     noise: Literal["sum", "site"]
     sample_rate: float
+    metric_share: float
     round: Mapping[str, object]
     rounds: int
     cohort: int | None

@@ -15,7 +15,7 @@ from kit import world_at
 from support.plans import round_plan
 from test_notices import deployed
 
-from fedcore.errors import ImpossibleSum
+from fedcore.errors import ImpossibleSum, TagRefused
 from fedcore.learning import released
 from fedcore.learning.data.statistics import statistics_vector
 from fedcore.learning.state import JobState
@@ -32,6 +32,9 @@ from fedcore.secagg.summing import one_by_one
 
 SITES = ("a", "b", "c", "d", "e")
 LIAR, D, CAP = 4, 6, 1024
+COUNTS = 13
+"""So many counts of a metric that the weight and the coordinates are in slots below these, and not below marks: a sum
+that overflows there adds one row to a count."""
 TOP, WRAP = (1 << 16) - 1, 1 << field_width(16, len(SITES))
 COLUMNS = (("age", 0.0, 120.0),)
 WEIGHT, OVER, ACCURACY = D, D + 1, D + 3
@@ -41,16 +44,16 @@ WEIGHT, OVER, ACCURACY = D, D + 1, D + 3
 def plan_of(protection):
     return round_plan(
         SITES, protection, parameters=D, max_examples=CAP, range=RangePlan(start=1.0),
-        metric_sums=(Wide("metric:accuracy", 2, CAP.bit_length()),),
+        metric_sums=(Wide("metric:accuracy", COUNTS, CAP.bit_length()),),
     )  # fmt: skip
 
 
 HONEST = {"weight": [320], "over_range": [0], "over_half_range": [1], EXCEEDS: [0],
-          "metric:accuracy": [30, 40]}  # fmt: skip
+          "metric:accuracy": [30] * COUNTS}  # fmt: skip
 ROW = {"count": [60], "sum": [60 * 30_000], "square": [60 * 30_000**2], "contributes": [1],
        "clipped": [0]}  # fmt: skip
 
-REST = {"metric:accuracy": [30, 40], "exceeding": [D] * 3 + [0] * 21}
+REST = {"metric:accuracy": [30] * COUNTS, "exceeding": [D] * 3 + [0] * 21}
 
 FIELDS = {
     "no weight at all": (WEIGHT, WRAP - 4 * 320, "weight"),
@@ -163,6 +166,14 @@ def test_a_site_that_makes_an_impossible_update_is_refused_by_all_alike(protecti
     else:
         without(released, "check_finite")
         assert Town(protection).sum("update").done == PlannedRound("update", 1)
+
+
+def test_a_field_that_overflows_into_a_mark_is_refused_by_all_alike(without):
+    lying(without, OVER + 1, WRAP - 4)  # above it is the mark of a site
+    town = Town("layered")
+    with pytest.raises(TagRefused, match="contributor marks"):
+        town.sum("update")
+    town.check_refused_alike("contributor marks")
 
 
 @pytest.mark.parametrize("purpose", ["range", "metrics"])

@@ -134,7 +134,7 @@ def install(folder):
     """Turn the decisions of every job of this process."""
     import numpy as np
     from fedcore_server import coordinator as registry
-    from fedcore_server import grpc_service, job_runner, operators_api, site_api
+    from fedcore_server import grpc_service, job_runner, operators_api, sessions, site_api
     from support.unguarded_site import SETTINGS, switches
 
     from fedcore.learning.state import JobState
@@ -356,3 +356,5 @@ def install(folder):
     job_runner.JobMachine = HostileMachine
     job_runner.JobRunner = registry.JobRunner = operators_api.JobRunner = HostileJob
     grpc_service.Transfers = HostileTransfers
+    # Each frame in a message of its own: a site then begins with a checkpoint before it hears of the round.
+    sessions.MOST_TOGETHER = 1
