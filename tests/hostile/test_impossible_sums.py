@@ -41,10 +41,10 @@ WEIGHT, OVER, ACCURACY = D, D + 1, D + 3
 """Fields of an update vector behind its coordinates: one limb each, over_half_range in between."""
 
 
-def plan_of(protection):
+def plan_of(protection, counts=COUNTS):
     return round_plan(
         SITES, protection, parameters=D, max_examples=CAP, range=RangePlan(start=1.0),
-        metric_sums=(Wide("metric:accuracy", COUNTS, CAP.bit_length()),),
+        metric_sums=(Wide("metric:accuracy", counts, CAP.bit_length()),),
     )  # fmt: skip
 
 

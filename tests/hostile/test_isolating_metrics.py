@@ -24,7 +24,7 @@ from fedcore.secagg.protocol.effects import MakeVector
 from fedcore.secagg.protocol.job.site.participation import Agreed
 from fedcore.secagg.protocol.schedule import PlannedRound
 
-PLAN = replace(plan_of("layered"), threshold=3)
+PLAN = replace(plan_of("layered", counts=2), threshold=3)
 ROSTER = PLAN.sites
 LEAST = 2 + collusion(Terms.of_plan(PLAN)).active
 ROWS = {name: [10 * k, 20 + k] for k, name in enumerate(ROSTER, start=1)}
@@ -42,6 +42,7 @@ class Rounds:
         survivors = survivors or cohort
         withheld = self.rule and self.state.isolates(cohort, LEAST)
         sums = {name: [0] * len(value) for name, value in HONEST.items()}
+        sums["metric:accuracy"] = [0, 0]
         for site in survivors:
             wides = HONEST | {"metric:accuracy": ROWS[site]}
             wides = without_metrics(PLAN, wides) if withheld else wides
@@ -88,7 +89,7 @@ def test_the_rule_counts_colluding_sites_and_looks_at_every_earlier_release():
     assert rounds.round(without("e")) == [0, 0], "one apart from both"
     assert rounds.state.shown == (tuple(ROSTER), without("d", "e"))
     assert not rounds.state.isolates(ROSTER, 2) and rounds.state.isolates(ROSTER, 3)
-    strict = plan_of("layered")
+    strict = plan_of("layered", counts=2)
     assert 2 + collusion(Terms.of_plan(strict)).active == 4
 
 

@@ -84,6 +84,7 @@ def test_a_garbage_collection_of_a_job_leaves_out_what_it_inherits_and_collects_
         node.itself = node
         return weakref.ref(node)
 
+    gc.disable()  # or the parent may collect the circles before the fork
     inherited, frozen = [in_a_circle() for _ in range(3)], gc.get_freeze_count()
 
     def collect(_job, send):
@@ -92,7 +93,6 @@ def test_a_garbage_collection_of_a_job_leaves_out_what_it_inherits_and_collects_
         send(([ref() is not None for ref in inherited], [ref() is None for ref in own]))
 
     heard = []
-    gc.disable()  # or the parent may collect the circles before the fork
     try:
         forked("a", collect, 1, lambda _job, found: heard.append(found))
     finally:
