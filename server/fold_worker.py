@@ -2,10 +2,13 @@
 
 A request names an operation and a job; the seeds of masks are its blob. A FedcoreError is an answer, which the
 coordinator raises again; any other exception ends the process, and the sums with it.
+Between requests it works ahead on the sums of the uploads that were committed: while others come, and while the sites
+confirm their list and are asked for the masks.
 """
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -20,6 +23,10 @@ from fedcore.store import container
 from fedcore.types import Json
 
 _SEED_BYTES = 32
+
+QUIET_SECONDS = 0.1
+"""Time without a request after which no other upload is expected soon, and the sum is made ready to be written."""
+
 ERRORS = {
     kind.__name__: kind
     for kind in (
@@ -49,6 +56,10 @@ class _Mergeable(UnmaskableFold, Protocol):
     """Both folds, which can also add another one's sum to their own."""
 
     def merge(self, other: Self) -> None: ...
+
+    def expand_ahead(self) -> bool: ...
+
+    def read_ahead(self) -> bool: ...
 
 
 class _Part:
@@ -80,6 +91,10 @@ class _Part:
         assert self._beside is not None
         self._sum.merge(self._beside)
         self._beside = None
+
+    def work_ahead(self, *, quiet: bool) -> bool:
+        """A short piece of what `write` needs; whether there was any. quiet: whether no upload is expected soon."""
+        return self._sum.expand_ahead() or (quiet and self._sum.read_ahead())
 
     def write(self, path: Path, masks: bytes) -> None:
         """Take the masks off and write the chunks of the sum. Raises StoreProblem."""
@@ -128,6 +143,14 @@ def _handle(parts: dict[str, _Part], request: Json, payload: bytes) -> None:
             parts.pop(job, None)
 
 
+def _work_ahead(parts: Mapping[str, _Part], seconds: float) -> float | None:
+    """A short piece of work on the sums, so long after the last request; after how many seconds to go on, if at all."""
+    quiet = seconds >= QUIET_SECONDS
+    if any(part.work_ahead(quiet=quiet) for part in parts.values()):
+        return 0.0
+    return QUIET_SECONDS - seconds if parts and not quiet else None
+
+
 def main() -> None:
     """Answer requests until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator ends it
@@ -141,7 +164,7 @@ def main() -> None:
             return {"error": kind, "text": str(error), "remedy": error.remedy}, []
         return {}, []
 
-    Parent.of_this_process().serve(answer)
+    Parent.of_this_process().serve(answer, partial(_work_ahead, parts))
 
 
 if __name__ == "__main__":

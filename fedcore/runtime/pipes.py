@@ -119,10 +119,20 @@ class Parent:
             self._answers.write(piece)
         self._answers.flush()
 
-    def serve(self, answer: Callable[[Json, list[bytes]], tuple[Json, Sequence[bytes]]]) -> None:
-        """Answer each frame with one, until the parent ends. Raises what `answer` raises."""
+    def serve(
+        self,
+        answer: Callable[[Json, list[bytes]], tuple[Json, Sequence[bytes]]],
+        idle: Callable[[float], float | None] | None = None,
+    ) -> None:
+        """Answer each frame with one, until the parent ends. Raises what `answer` and `idle` raise.
+
+        idle: a short piece of work, done while no frame waits. It takes the seconds since the last answer, and returns
+        after how many more it is called again; None: not before the next frame.
+        """
         while True:
             try:
+                if idle is not None:
+                    self._work_until_asked(idle)
                 frame = self.receive()
             except EOFError:
                 return
@@ -131,6 +141,17 @@ class Parent:
                 self.send(*found)
             except BrokenPipeError:
                 return
+
+    def _work_until_asked(self, idle: Callable[[float], float | None]) -> None:
+        """Call `idle` until the next frame comes. The buffer of the stream is empty then: a parent sends one frame, and
+        waits for its answer."""
+        poll, began, pause = select.poll(), time.monotonic(), 0.0
+        poll.register(self._requests, select.POLLIN)
+        while not poll.poll(1000 * pause):
+            found = idle(time.monotonic() - began)
+            if found is None:
+                return
+            pause = found
 
 
 class Child:

@@ -98,7 +98,7 @@ def tampering(monkeypatch, coefficient):
     honest = EncryptedFold.total
 
     def total(fold):
-        fold._seeds = None  # the form of a sum in which any coefficient can be chosen
+        fold._keeps_seeds = False  # the form of a sum in which any coefficient can be chosen
         (chunk,) = honest(fold)
         public, slots = fold._public, fold._slots
         delta = public.ring.modulus >> SLOT_BITS

@@ -51,6 +51,9 @@ from fedcore.types import Json, Slots
 MOST_AHEAD = 1024
 """Encryptions of zero that a site makes ahead: 16 MiB of memory at N = 2048, the vector of four million parameters."""
 
+MOST_LATER = 16
+"""Seeds of a ciphertext that a fold keeps before it expands them: 1 KiB, so its memory does not grow with the sites."""
+
 _SEAL_HEADER = struct.Struct("<HBBBBHQ")
 _SEAL_MAGIC, _SEAL_HEADER_SIZE = 0xA15E, 16
 _CIPHERTEXT_WORDS_AT = 97
@@ -312,7 +315,7 @@ class EncryptedSealer:
                 seeds.append(seed)
             start = place.first * degree
             used = words.reshape(-1)[: place.slots]
-            _add_scaled(self._public, used, slots[start : start + place.slots])
+            _add(self._public, used, _scaled(self._public, slots[start : start + place.slots]))
             yield write_chunk(self._public, SEEDED, place, seeds, words)
 
     def _encrypted_zero(self) -> tuple[Words, bytes]:
@@ -343,7 +346,7 @@ class EncryptedSealer:
 
     def _summed(self, seeds: NDArray[np.uint8], words: Words) -> Any:
         """The sum of ciphertexts: the words of its first polynomial, and the sum of what the seeds expand to."""
-        first, *others = seeds
+        first, *others = (each.tobytes() for each in seeds)
         total = _load_seeded(self._courier, self._public, words, first)
         none, evaluator = np.zeros_like(words), self._public.api.Evaluator(self._public.seal)
         for seed in others:
@@ -360,11 +363,11 @@ class EncryptedSealer:
             out[:count] = np.frombuffer(self._courier.take(plain), "<u8")[-count:]
 
 
-def _add_scaled(public: PublicContext, words: Words, slots: Slots) -> None:
-    """Add plaintexts to the words of encryptions of zero, in place: round(q m / t) mod q, as SEAL's encryption does.
+def _scaled(public: PublicContext, slots: Slots) -> Words:
+    """Plaintexts as SEAL adds them to and subtracts them from a ciphertext: round(q m / t), below q. (s,) uint64.
 
-    (s,) uint64 each. With q = 2^B - c and t = 2^b, floor((q m + t/2) / t) is 2^(B-b) m less floor((c m + t/2 - 1) / t);
-    c m may have more than 64 bits, so it is shifted in two parts.
+    With q = 2^B - c and t = 2^b, floor((q m + t/2) / t) is 2^(B-b) m less floor((c m + t/2 - 1) / t); c m may have more
+    than 64 bits, so it is shifted in two parts.
     """
     ring, bits = public.ring, public.slot_bits
     short = np.uint64((1 << ring.modulus_bits) - ring.modulus)
@@ -372,20 +375,14 @@ def _add_scaled(public: PublicContext, words: Words, slots: Slots) -> None:
     low = (slots & np.uint64(0xFFFF)) * short + np.uint64((1 << bits >> 1) - 1)
     part = min(bits, 16)  # below 16 bits there is no high part
     less = (high * short + (low >> np.uint64(part))) >> np.uint64(bits - part)
-    words += (slots << np.uint64(ring.modulus_bits - bits)) - less
-    np.subtract(words, np.uint64(ring.modulus), out=words, where=words >= ring.modulus)
+    return (slots << np.uint64(ring.modulus_bits - bits)) - less
 
 
-def _plaintext(courier: Courier, public: PublicContext, coefficients: Slots) -> Any:
-    """A SEAL plaintext from its uncompressed stream: thirty times faster than setting coefficients singly.
-
-    coefficients: (N,) uint64, each below 2^slot_bits.
-    """
-    count = len(coefficients)
-    body = struct.pack("<4QQd", 0, 0, 0, 0, count, 1.0)
-    body += _seal_header(24 + 8 * count) + struct.pack("<Q", count)
-    tail = coefficients.astype("<u8").tobytes()
-    return courier.give(public.api.Plaintext(), public.seal, body + tail)
+def _add(public: PublicContext, words: Words, more: Words) -> None:
+    """words += more mod q, in place, of words below q (`more` may be q)."""
+    modulus = np.uint64(public.ring.modulus)
+    words += more
+    np.subtract(words, modulus, out=words, where=words >= modulus)
 
 
 def _words_of(public: PublicContext, kind: int, body: bytes) -> Words:
@@ -409,11 +406,9 @@ def _load(courier: Courier, public: PublicContext, kind: int, tail: bytes) -> An
         raise ChunkRefused(f"ciphertext: SEAL refuses it ({error})") from error
 
 
-def _load_seeded(
-    courier: Courier, public: PublicContext, words: Words, seed_block: NDArray[np.uint8]
-) -> Any:
+def _load_seeded(courier: Courier, public: PublicContext, words: Words, seed_block: bytes) -> Any:
     """A ciphertext of these words and what the seed expands to."""
-    tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed_block.tobytes()
+    tail = words.astype("<u8").tobytes() + _seal_header(_SEED_BLOCK) + seed_block
     return _load(courier, public, SEEDED, tail)
 
 
@@ -421,6 +416,8 @@ class EncryptedFold:
     """The coordinator's side of `encrypted` and `layered`: one running sum of ciphertexts.
 
     Memory is one sum of `slots` slots, for any number of sites. It has public parameters only.
+    The words of first polynomials are added as they come. What the seeds of the second ones expand to takes SEAL ten
+    times longer and is refused no more, so it is added later: by `expand_ahead`, or when the sum is asked for.
     With `first_chunk` it is the fold of a part: `slots` slots from that chunk on.
     seeds: whether `total` gives the summands' seeds in place of the second polynomial's words, where these are longer:
     for a vector of one chunk, whose transfer takes longer than a site takes to expand them.
@@ -439,9 +436,14 @@ class EncryptedFold:
         self._courier = courier or Courier()
         self._places = places(public.ring, slots, first_chunk)
         self._evaluator = public.api.Evaluator(public.seal)
-        self._total: list[Any] = [None] * blocks_of(public.ring, slots)
-        self._seeds: list[list[bytes]] | None = [[] for _ in self._total] if seeds else None
-        self._removed = False
+        shape = blocks_of(public.ring, slots), public.ring.degree
+        self._firsts, self._seconds = np.zeros(shape, np.uint64), np.zeros(shape, np.uint64)
+        self._summands = [0] * len(self._firsts)
+        self._later: list[list[bytes]] = [[] for _ in self._summands]
+        """For each ciphertext, seeds that are not expanded yet."""
+        self._expanded: list[Any] = [None] * len(self._summands)
+        """For each ciphertext, what seeds expanded to that is not in `_seconds` yet: a ciphertext of SEAL's."""
+        self._keeps_seeds, self._removed = seeds, False
 
     @property
     def _first(self) -> int:
@@ -456,15 +458,7 @@ class EncryptedFold:
             raise ChunkRefused(f"chunk {index}: expected chunks {lowest} to {lowest + count - 1}")
         place = self._places[index - lowest]
         seeds, (words,) = read_chunk(self._public, SEEDED, chunk, place)
-        found = [
-            _load_seeded(self._courier, self._public, word, seed)
-            for word, seed in zip(words, seeds, strict=True)
-        ]
-        first = place.first - self._first
-        self._accumulate(first, found)
-        if self._seeds is not None:
-            for at, seed in enumerate(seeds, start=first):
-                self._seeds[at].append(seed.tobytes())
+        self._accumulate(place.first - self._first, words, [[each.tobytes()] for each in seeds])
 
     def merge(self, other: EncryptedFold) -> None:
         """Add another fold's sum of the same part; the other must not be used afterwards. Raises ChunkRefused
@@ -472,54 +466,97 @@ class EncryptedFold:
         other._refuse_gaps()
         if self._removed or other._removed:
             raise ChunkRefused("sum: the masks are already off")
-        self._accumulate(0, other._total)
-        if self._seeds is not None and other._seeds is not None:
-            for mine, more in zip(self._seeds, other._seeds, strict=True):
-                mine.extend(more)
+        self._accumulate(0, other._firsts, other._later)
+        _add(self._public, self._seconds, other._seconds)
+        for place, found in enumerate(other._expanded):
+            self._summands[place] += other._summands[place] - len(other._later[place])
+            if found is not None:
+                self._add_expanded(place, found)
 
-    def _accumulate(self, first: int, ciphertexts: Sequence[Any]) -> None:
-        """Add ciphertexts to those of the sum from index `first` on."""
-        for place, ciphertext in enumerate(ciphertexts, start=first):
-            if self._total[place] is None:
-                self._total[place] = ciphertext
-            else:
-                self._evaluator.add_inplace(self._total[place], ciphertext)
+    def _accumulate(self, first: int, words: Words, seeds: Sequence[Sequence[bytes]]) -> None:
+        """Add ciphertexts to those of the sum from index `first` on: the words of their first polynomials, and the
+        seeds of each."""
+        _add(self._public, self._firsts[first : first + len(words)], words)
+        for place, more in enumerate(seeds, start=first):
+            self._summands[place] += len(more)
+            self._later[place].extend(more)
+            if len(self._later[place]) > MOST_LATER and not self._keeps_seeds:
+                self._expand(place)
+
+    def _expand(self, place: int) -> None:
+        """Expand the seeds of a ciphertext, and add them up."""
+        none = np.zeros(self._public.ring.degree, np.uint64)
+        for seed in self._later[place]:
+            self._add_expanded(place, _load_seeded(self._courier, self._public, none, seed))
+        self._later[place] = []
+
+    def _add_expanded(self, place: int, found: Any) -> None:
+        if self._expanded[place] is None:
+            self._expanded[place] = found
+        else:
+            self._evaluator.add_inplace(self._expanded[place], found)
+
+    def _read(self, place: int) -> Words:
+        """The words of the second polynomial of a ciphertext of the sum."""
+        self._expand(place)
+        seconds: Words = self._seconds[place]
+        if (found := self._expanded[place]) is not None:
+            words = _words_of(self._public, FULL, self._courier.take(found))
+            _add(self._public, seconds, words[self._public.ring.degree :])
+            self._expanded[place] = None
+        return seconds
+
+    def expand_ahead(self) -> bool:
+        """Expand the seeds of one ciphertext, as `total` would; whether there were any."""
+        place = next((at for at, each in enumerate(self._later) if each), None)
+        if place is None or self._keeps_seeds:
+            return False
+        self._expand(place)
+        return True
+
+    def read_ahead(self) -> bool:
+        """Read what the seeds of one ciphertext expanded to, as `total` would; whether there was one. Best once no more
+        vectors are expected: each that comes later has to be read again."""
+        place = next((at for at, each in enumerate(self._expanded) if each is not None), None)
+        if place is None:
+            return False
+        self._read(place)
+        return True
 
     def remove(self, mask: Slots) -> None:
         """One plaintext subtraction a ciphertext; `packing.py` includes its rounding in the headroom."""
-        degree = self._public.ring.degree
         check_removal(mask, self._slots, removed=self._removed)
         self._refuse_gaps()
         self._removed = True
-        residues = np.zeros((len(self._total), degree), dtype=np.uint64)
-        residues.reshape(-1)[: self._slots] = mask & np.uint64((1 << self._public.slot_bits) - 1)
-        for ciphertext, row in zip(self._total, residues, strict=True):
-            plain = _plaintext(self._courier, self._public, row)
-            self._evaluator.sub_plain_inplace(ciphertext, plain)
+        residues = mask & np.uint64((1 << self._public.slot_bits) - 1)
+        used = self._firsts.reshape(-1)[: self._slots]
+        _add(
+            self._public,
+            used,
+            np.uint64(self._public.ring.modulus) - _scaled(self._public, residues),
+        )
 
     def _refuse_gaps(self) -> None:
-        for place, ciphertext in enumerate(self._total):
-            if ciphertext is None:
+        for place, summands in enumerate(self._summands):
+            if not summands:
                 raise ChunkRefused(f"sum: ciphertext {self._first + place} was never added")
 
     def total(self) -> Iterator[bytes]:
         self._refuse_gaps()
-        degree = self._public.ring.degree
-        summands = {len(each) for each in self._seeds or ()}
-        if self._seeds is not None and seeds_are_shorter(self._public.ring, max(summands)):
+        degree, summands = self._public.ring.degree, set(self._summands)
+        if self._keeps_seeds and seeds_are_shorter(self._public.ring, max(summands)):
             if len(summands) > 1:
                 raise ChunkRefused("sum: its ciphertexts are of different numbers of vectors")
-            bodies = (self._courier.take(each) for each in self._total)
-            rows = [_words_of(self._public, FULL, body)[:degree] for body in bodies]
-            in_order = list(map(sorted, self._seeds))  # the same bytes, whatever was folded first
+            in_order = list(map(sorted, self._later))  # the same bytes, whatever was folded first
             (place,) = self._places
-            yield write_summed(self._public, place, in_order, np.stack(rows))
+            yield write_summed(self._public, place, in_order, self._firsts)
             return
         for place in self._places:
+            first = place.first - self._first
             words = np.empty((2, place.count, degree), dtype=np.uint64)
-            for row, at in enumerate(range(place.first, place.first + place.count)):
-                body = self._courier.take(self._total[at - self._first])
-                words[:, row] = _words_of(self._public, FULL, body).reshape(2, degree)[::-1]
+            words[1] = self._firsts[first : first + place.count]
+            for row in range(place.count):
+                words[0, row] = self._read(first + row)
             yield write_chunk(self._public, FULL, place, [], words)
 
 

@@ -31,6 +31,10 @@ _MOST_SEEDS = 255
 SEED_BYTES = 65
 """Bytes of the seed block that travel: the generator's type and the seed itself."""
 
+GENERATORS = frozenset({1, 2})
+"""The types of generators that SEAL 4 expands seeds with, Blake2xb and SHAKE256: any seed of these expands, so a chunk
+that was read is not refused later."""
+
 
 class Parameters(Protocol):
     """What chunks depend on: the ring, and 8 bytes that name all encryption parameters."""
@@ -172,7 +176,13 @@ def read_chunk(
     start = _CHUNK_HEADER.size
     seeds = np.frombuffer(chunk, np.uint8, SEED_BYTES * count if kind == SEEDED else 0, start)
     words = _unpacked(public.ring, place, memoryview(chunk)[start + len(seeds) :], kind)
-    return seeds.reshape(-1, SEED_BYTES), words
+    rows = seeds.reshape(-1, SEED_BYTES)
+    unknown = sorted(set(rows[:, 0].tolist()) - GENERATORS)
+    if unknown:
+        raise ChunkRefused(
+            f"{at}: found a seed for generator {unknown[0]}, expected one of SEAL's: 1 or 2"
+        )
+    return rows, words
 
 
 def _unpacked(ring: Ring, place: Place, packed: memoryview, polynomials: int) -> Words:

@@ -60,6 +60,14 @@ class MaskedFold:
         self._total += other._total
         self._missing.clear()
 
+    def expand_ahead(self) -> bool:
+        """Nothing: the words of a vector are added as they are."""
+        return False
+
+    def read_ahead(self) -> bool:
+        """Nothing: the sum is words already."""
+        return False
+
     def remove(self, mask: Slots) -> None:
         check_removal(mask, len(self._total), removed=self._removed)
         self._refuse_gaps()

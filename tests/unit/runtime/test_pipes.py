@@ -93,6 +93,30 @@ def test_what_a_child_prints_is_no_answer(capfd):
     assert "not an answer\nnor this" in capfd.readouterr().err
 
 
+WORKS = """
+from fedcore.runtime.pipes import Parent
+done = []
+
+def idle(seconds):
+    assert seconds >= 0
+    done.append(len(done) % 3)
+    return None if done[-1] == 2 else 0.001
+
+Parent.of_this_process().serve(lambda head, blobs: ({"done": done}, []), idle)
+"""
+
+
+def test_a_child_works_between_frames_for_as_long_as_it_has_something_to_do():
+    """Three steps after the start and after each answer, or fewer where the next frame comes before."""
+    worker, found = child(WORKS), []
+    until = time.monotonic() + 60
+    while found[-3:] != [0, 1, 2]:
+        assert time.monotonic() < until
+        time.sleep(0.01)  # not a wait: frames that come at once leave no time to work
+        found = worker.call({})[0]["done"]
+    worker.close()
+
+
 HALF = np.broadcast_to(np.uint8(0), pipes.MAX_BLOBS // 2 + 1)
 """As long as half of what a frame may hold, without the memory."""
 

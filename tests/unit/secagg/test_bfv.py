@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import stat
+import struct
 import subprocess
 import sys
 import textwrap
@@ -182,6 +183,84 @@ def test_a_vector_that_does_not_fill_whole_bytes_is_refused_rather_than_cut():
             EncryptedFold(public, slots)
 
 
+# ------------------------------------------------------------- what SEAL does, word by word
+
+
+def plaintext(public, coefficients):
+    """A SEAL plaintext of (N,) uint64 below 2^slot_bits, from its uncompressed stream."""
+    count = len(coefficients)
+    body = struct.pack("<4QQd", 0, 0, 0, 0, count, 1.0)
+    body += bfv._seal_header(24 + 8 * count) + struct.pack("<Q", count)
+    return Courier().give(
+        public.api.Plaintext(), public.seal, body + coefficients.astype("<u8").tobytes()
+    )
+
+
+def seals_sum(public, uploads, mask):
+    """The words (ciphertexts, 2, N) that SEAL's own operations give: loaded, added, one plaintext subtracted."""
+    evaluator, courier, degree = public.api.Evaluator(public.seal), Courier(), public.ring.degree
+    found = []
+    for block in range(len(mask) // degree):
+        total = None
+        for chunk in uploads:
+            seeds, (words,) = bfv_chunks.read_chunk(
+                public, SEEDED, chunk, Place(0, len(mask) // degree, len(mask))
+            )
+            one = bfv._load_seeded(courier, public, words[block], seeds[block].tobytes())
+            if total is None:
+                total = one
+            else:
+                evaluator.add_inplace(total, one)
+        evaluator.sub_plain_inplace(
+            total, plaintext(public, mask[block * degree : (block + 1) * degree])
+        )
+        found.append(bfv._words_of(public, FULL, courier.take(total)).reshape(2, degree))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("ring", "slot_bits", "sites"),
+    [(SMALL, 40, 4), (SMALL, 46, 3), (LARGE, 52, 3), (SMALL, 40, 2 * bfv.MOST_LATER + 3)],
+)
+def test_a_fold_has_the_words_of_seal_whatever_is_done_ahead(ring, slot_bits, sites):
+    """Adding words, expanding seeds later and taking masks off by hand change no bit, in any order of the steps."""
+    public, size = PublicContext(ring, slot_bits), 2 * ring.degree
+    sealer, rng = EncryptedSealer(SecretContext(public)), np.random.default_rng(13)
+    rows = rng.integers(0, 1 << slot_bits, (sites, size), dtype=np.uint64)
+    mask = rng.integers(0, 1 << slot_bits, size, dtype=np.uint64)
+    mask[:4] = (0, (1 << slot_bits) - 1, 1 << slot_bits >> 1, 1)
+    uploads = [next(iter(sealer.protect(row))) for row in rows]
+    expected = seals_sum(public, uploads, mask)
+    ahead = EncryptedFold.expand_ahead, EncryptedFold.read_ahead
+    for steps in ([], ahead[:1], ahead, [*ahead, *ahead] * 2):
+        for merged in (False, True):
+            fold = EncryptedFold(public, size)
+            for chunk in uploads:
+                if merged:
+                    beside = EncryptedFold(public, size)
+                    beside.add(0, chunk)
+                    for step in steps[1:]:
+                        step(beside)
+                    fold.merge(beside)
+                else:
+                    fold.add(0, chunk)
+                for step in steps:
+                    step(fold)
+            fold.remove(mask)
+            (chunk,) = fold.total()
+            _, (seconds, firsts) = bfv_chunks.read_chunk(public, FULL, chunk, Place(0, 2, size))
+            assert (np.stack([firsts, seconds], axis=1) == expected).all()
+            assert not fold.expand_ahead() and not fold.read_ahead()
+
+
+def test_nothing_is_left_to_be_done_ahead_of_a_sum_that_has_its_seeds():
+    public = PublicContext(SMALL, 40)
+    fold = EncryptedFold(public, 2048, seeds=True)
+    (upload,) = EncryptedSealer(SecretContext(public)).protect(np.arange(2048, dtype=np.uint64))
+    fold.add(0, upload)
+    assert not fold.expand_ahead() and not fold.read_ahead()
+
+
 # ------------------------------------------------------------------------- encryptions made ahead
 
 
@@ -199,11 +278,11 @@ def test_a_plaintext_is_added_to_an_encryption_of_zero_as_seal_adds_it(ring, slo
     words, seed = sealer._encrypted_zero()
     tail = words.astype("<u8").tobytes() + bfv._seal_header(81) + seed
     ciphertext = bfv._load(courier, public, SEEDED, tail)
-    plain = bfv._plaintext(courier, public, slots)
+    plain = plaintext(public, slots)
     public.api.Evaluator(public.seal).add_plain_inplace(ciphertext, plain)
     expected = bfv._words_of(public, FULL, courier.take(ciphertext))[: ring.degree]
     ours = words.copy()
-    bfv._add_scaled(public, ours, slots)
+    bfv._add(public, ours, bfv._scaled(public, slots))
     assert ours.tolist() == expected.tolist()
     assert words.tolist() != expected.tolist()
 
@@ -450,7 +529,7 @@ class Setting:
             if before:
                 assert list(fold.total()) == [self.down]
             else:
-                assert fold._total == [None, None]
+                assert fold._summands == [0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -505,7 +584,7 @@ def test_a_chunk_of_another_place_or_count_is_refused(setting, blocks_per_chunk)
     for index in (-1, 2, 3, 1 << 40):
         with pytest.raises(ChunkRefused, match=f"chunk {index}: expected chunks 0 to 1"):
             fold.add(index, first)
-    assert fold._total == [None, None]
+    assert fold._summands == [0, 0]
     fold.add(0, first)
     with pytest.raises(ChunkRefused, match="ciphertext 1 was never added"):
         list(fold.total())
@@ -551,7 +630,7 @@ def test_a_coefficient_at_or_above_the_modulus_is_refused(setting, excess, place
 def test_a_seed_of_an_unknown_generator_is_refused(setting, kind, ciphertext):
     forged = bytearray(setting.up)
     forged[20 + 65 * ciphertext] = kind
-    setting.refused_by_fold(bytes(forged), "SEAL refuses it")
+    setting.refused_by_fold(bytes(forged), f"found a seed for generator {kind}")
 
 
 @settings(max_examples=300)
@@ -756,6 +835,7 @@ def test_the_fold_holds_public_material_only():
     public = PublicContext(SMALL, 40)
     sealer = EncryptedSealer(SecretContext(public))
     fold = fold_of(public, 2048, [sealer.protect(np.zeros(2048, dtype=np.uint64))])
+    assert fold.expand_ahead()
     found, queue = set(), [fold]
     while queue:
         thing = queue.pop()

@@ -19,7 +19,7 @@ from support import reference
 from support.chunks import read_chunk, tampered
 
 from fedcore.errors import EnvelopeRefused, TagRefused
-from fedcore.secagg.crypto import sumtag
+from fedcore.secagg.crypto import bfv, sumtag
 from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
 from fedcore.secagg.crypto.bfv_chunks import FULL
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
@@ -214,16 +214,10 @@ def epoch():
 
 def add_plain(epoch, fold, changes):
     """The coordinator's own move: add a known plaintext, {slot: value}, to the running sum."""
-    degree, t = epoch.public.ring.degree, 1 << PACKING.slot_bits
-    evaluator = epoch.public.api.Evaluator(epoch.public.seal)
-    for block in range(LAYOUT.blocks):
-        terms = {slot % degree: v % t for slot, v in changes.items() if slot // degree == block}
-        if terms:
-            text = " + ".join(
-                f"{terms[slot]:X}x^{slot}" if slot else f"{terms[slot]:X}"
-                for slot in sorted(terms, reverse=True)
-            )
-            evaluator.add_plain_inplace(fold._total[block], epoch.public.api.Plaintext(text))
+    plain = np.zeros(LAYOUT.blocks * epoch.public.ring.degree, dtype=np.uint64)
+    for slot, value in changes.items():
+        plain[slot] = value % (1 << PACKING.slot_bits)
+    bfv._add(epoch.public, fold._firsts.reshape(-1), bfv._scaled(epoch.public, plain))
 
 
 def mark(site, value):

@@ -16,7 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fedcore_server.fold_worker import chunk_slots
+from fedcore_server.fold_worker import (
+    QUIET_SECONDS,
+    _Part,
+    _work_ahead,
+    chunk_slots,
+    packing_form,
+)
 from fedcore_server.folding import FoldPool
 
 from fedcore.errors import BadInput, ChunkRefused, StoreFull, StoreProblem
@@ -235,6 +241,25 @@ def test_an_upload_that_is_refused_is_in_no_workers_sum(pools, spool, protection
         assert pools[2].pids == pids  # and none of them ended a worker
 
     asyncio.run(go())
+
+
+def test_a_worker_makes_a_sum_ready_between_requests_and_reads_it_only_when_none_comes(spool):
+    """Seeds are expanded at once; that they are all known is assumed after a moment without a request."""
+    made = make(spool, "layered", 3)
+    about = {
+        "packing": packing_form(made.packing), "slots": made.slots, "first": 0, "chunks": 1, "of": 2,
+    }  # fmt: skip
+    parts = {"idle": _Part(about), "job": _Part(about)}
+    fold = parts["job"]._sum
+    assert _work_ahead({}, 0.0) is None
+    for path in made.paths:
+        for index, chunk in enumerate(container.read(path)):
+            fold.add(index, chunk)
+    assert [_work_ahead(parts, 0.0) for _ in range(3)] == [0.0] * 3
+    assert _work_ahead(parts, 0.04) == pytest.approx(QUIET_SECONDS - 0.04)
+    assert all(each is not None for each in fold._expanded)
+    assert [_work_ahead(parts, QUIET_SECONDS) for _ in range(4)] == [0.0] * 3 + [None]
+    assert not any(each is not None for each in fold._expanded)
 
 
 def test_jobs_do_not_meet(pools, spool):
