@@ -340,7 +340,6 @@ class JobRunner:
                     context.audit.record("exposed", job=self.id, **about)
                     with flushed_beside(context.audit.sync):
                         context.ledger.exposed(entry)
-                self._background(work.prepare_next(header))
             case effects.EnterRelease(certificate):
                 context.ledger.certified(certificate.header.digest.hex(), certificate.hash)
             case effects.AdoptState(name, data):
@@ -372,6 +371,7 @@ class JobRunner:
                     self._uploading = submit.header, task
             case effects.OpenSum(header):
                 self._background(work.open_sum(effect), header.digest)
+                self._background(work.prepare_next(header))
             case effects.Track():
                 self._tracking = [task for task in self._tracking if not task.done()]
                 self._tracking.append(self._background(work.track(effect)))

@@ -87,6 +87,8 @@ class JobWork:
         self.online = asyncio.Event()
         self.inline: dict[bytes, list[bytes]] = {}
         """{digest: chunks} of a small sum or checkpoint that came inside the session."""
+        self._stored: Stored | None = None
+        """The file of the last vector that was made in this process."""
         self._exported: tuple[str, Stored] | None = None
         """The certificate of the last model whose file was made, and the file."""
         self._exporting = asyncio.Lock()
@@ -250,7 +252,7 @@ class JobWork:
             vector = site.VectorMade(container.vector_digest(chunks), size, salt)
         else:
             small, stored = b"", self.context.spool.put(self.id, "vector", chunks, header=header)
-            vector = site.VectorMade(stored.digest, stored.size, salt)
+            vector, self._stored = site.VectorMade(stored.digest, stored.size, salt), stored
         return events.VectorReady(header, vector, small, marks, judged, app)
 
     def _kept(self) -> bytes:
@@ -300,6 +302,12 @@ class JobWork:
         kept = self.context.journal.get(self.id, "vector")
         if kept:  # empty beside a vector on the disk
             return kept
+        if (
+            (made := self._stored) is not None
+            and made.digest == submit.digest
+            and made.path.exists()
+        ):
+            return made.path  # the coordinator checks its digest
         find = self.context.spool.find
         found = await asyncio.to_thread(find, self.id, "vector", header=submit.header)
         return None if found is None else found.path
@@ -371,8 +379,8 @@ class JobWork:
         return b""
 
     async def prepare_next(self, header: RoundHeader) -> None:
-        """While the others' answers and the sum come, do what the next vector needs, whatever it holds: of a large one
-        the encryptions are most of the work."""
+        """While the sum comes, do what the next vector needs, whatever it holds: of a large one the encryptions are
+        most of the work."""
         if self._parts.agreed.plan.parameters > FEW:
             await asyncio.to_thread(self.round_work().prepare, header)
 

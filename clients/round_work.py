@@ -74,15 +74,13 @@ class RoundWork:
         those before them are decrypted; marks: this site's own.
         Raises ReleaseRefused, TagRefused, ChunkRefused, ImpossibleSum, and Refused for too few sites."""
         header, layout = asked.header, self.layout(asked.header)
-        total, opened = self.secrets.open(announced(chunks, asked), layout, asked)
+        _, opened, sum_mac = self.secrets.open_with_mac(announced(chunks, asked), layout, asked)
         layout.check_own(opened, marks, header.place(self.site))
         state = self.state.after(
             self.agreed.plan, PlannedRound(header.purpose, header.training_round), opened, asked.survivors,
             self.agreed.columns, allow_few_sites=self.few_sites,
         )  # fmt: skip
-        found = site.SumOpened(
-            self.secrets.sum_mac(header, total), self.secrets.state_mac(header, state.canonical())
-        )
+        found = site.SumOpened(sum_mac, self.secrets.state_mac(header, state.canonical()))
         certificate = led_to(header, asked.survivors, found.sum_mac, found.state_mac)
         wides, sites = dict(opened.wides), len(asked.survivors)
         return CheckedSum(header.digest, found, certificate, state, b"", wides, sites)

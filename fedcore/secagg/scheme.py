@@ -85,13 +85,35 @@ class EpochSecrets:
         self, chunks: Iterable[bytes], layout: Layout, asked: effects.OpenSum
     ) -> tuple[Slots, Opened]:
         """The sum, once its tag holds. Raises TagRefused and ChunkRefused."""
-        total = self.sealer.open(chunks, layout.slots)
-        if self.streams:
-            self.take_off_streams(total, layout, asked)
+        total, opened, _ = self.open_with_mac(chunks, layout, asked)
+        return total, opened
+
+    def open_with_mac(
+        self, chunks: Iterable[bytes], layout: Layout, asked: effects.OpenSum
+    ) -> tuple[Slots, Opened, bytes]:
+        """`open`, and the `sum_mac` of what was opened. Tag and HMAC are computed of each chunk before the next one is
+        asked for: while it comes."""
         tag = SumTag(self.group, asked.header, asked.state_tag)
-        tag.check(total[: layout.tagged_slots], layout.read_tag(total), asked.survivors)
+        product, mac, seen = tag.product(), self.group.authenticator(b"sum"), 0
+        mac.update(asked.header.digest)
+
+        def take(slots: Slots) -> None:
+            nonlocal seen
+            product.take(slots[: max(0, layout.tagged_slots - seen)])
+            mac.update(slots.tobytes())
+            seen += len(slots)
+
+        if isinstance(self.sealer, bfv.EncryptedSealer):
+            total = self.sealer.open(chunks, layout.slots, take)
+        else:
+            total = self.sealer.open(chunks, layout.slots)
+            if self.streams:
+                self.take_off_streams(total, layout, asked)
+            take(total)
+        tagged = total[: layout.tagged_slots]
+        tag.check(tagged, layout.read_tag(total), asked.survivors, product)
         places = [asked.header.place(each) for each in asked.survivors]
-        return total, layout.unpack(total, places)
+        return total, layout.unpack(total, places), mac.digest()
 
     def take_off_streams(self, total: Slots, layout: Layout, asked: effects.OpenSum) -> None:
         """Subtract the survivors' keystreams from their sum, in place, block by block."""

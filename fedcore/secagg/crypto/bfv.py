@@ -323,7 +323,10 @@ class EncryptedSealer:
         body = self._courier.take(self._secret.encryptor.encrypt_symmetric(self._zero))
         return _words_of(self._public, SEEDED, body), body[-SEED_BYTES:]
 
-    def open(self, chunks: Iterable[bytes], slots: int) -> Slots:
+    def open(
+        self, chunks: Iterable[bytes], slots: int, each: Callable[[Slots], None] = lambda _: None
+    ) -> Slots:
+        """each: called with the slots of every chunk, in order, before the next chunk is asked for."""
         awaited, received = places(self._public.ring, slots), 0
         blocks, degree = blocks_of(self._public.ring, slots), self._public.ring.degree
         rows = np.zeros((blocks, degree), dtype=np.uint64)
@@ -335,11 +338,14 @@ class EncryptedSealer:
             if summed is not None:
                 for row, (seeds, polynomial) in enumerate(zip(*summed, strict=True)):
                     self._decrypt(self._summed(seeds, polynomial), rows[row])
+                each(rows.reshape(-1)[:slots])
                 continue
             _, (seconds, firsts) = read_chunk(self._public, FULL, chunk, place)
             for row, both in enumerate(zip(firsts, seconds, strict=True), start=place.first):
                 tail = np.concatenate(both).astype("<u8").tobytes()
                 self._decrypt(_load(self._courier, self._public, FULL, tail), rows[row])
+            start = place.first * degree
+            each(rows.reshape(-1)[start : start + place.slots])
         if received != len(awaited):
             raise ChunkRefused(f"sum: found {received} chunks, expected {len(awaited)}")
         return rows.reshape(-1)[:slots]

@@ -76,6 +76,10 @@ class GroupSecret(Secret):
         """HMAC-SHA256 under a key derived for `label`: 32 bytes."""
         return hmac.digest(self.derive(b"", b"hmac " + label, 32), message, "sha256")
 
+    def authenticator(self, label: bytes) -> hmac.HMAC:
+        """`authenticate` of a message that comes part by part."""
+        return hmac.new(self.derive(b"", b"hmac " + label, 32), digestmod="sha256")
+
 
 def key_id(payload: bytes) -> bytes:
     """The name of a key epoch's payload: SHA-256, 32 bytes (PROTOCOL E). Public: the payload ends in 32
@@ -107,14 +111,28 @@ class SumTag:
 
     def tag(self, slots: Slots, site: SiteId) -> int:
         """T_i of one site's packed slots: an int in [0, p)."""
-        return (self._pad(site) + self._product(slots)) % PRIME
+        product = self.product()
+        product.take(slots)
+        return (self._pad(site) + product.value) % PRIME
 
-    def check(self, total: Slots, tag_sum: int, survivors: Sequence[SiteId]) -> None:
+    def check(
+        self,
+        total: Slots,
+        tag_sum: int,
+        survivors: Sequence[SiteId],
+        product: Product | None = None,
+    ) -> None:
         """Accept the sum of `survivors` or raise TagRefused, whose text has nothing of the values. A list
-        that names a site twice, or one off the roster, has a tag too: it is refused first."""
+        that names a site twice, or one off the roster, has a tag too: it is refused first.
+
+        product: of these slots, where it was computed while they came.
+        """
+        if product is None:
+            product = self.product()
+            product.take(total)
         listed = set(survivors)
         known = len(listed) == len(survivors) and listed <= set(self.header.roster)
-        expected = (sum(map(self._pad, survivors)) + self._product(total)) % PRIME
+        expected = (sum(map(self._pad, survivors)) + product.value) % PRIME
         found, due = (value.to_bytes(8, "little") for value in (tag_sum % PRIME, expected))
         if not known or not hmac.compare_digest(found, due):
             raise TagRefused(
@@ -129,15 +147,23 @@ class SumTag:
     def _derive(self, info: bytes, length: int) -> bytes:
         return self.group.derive(self.header.digest, info + b"\x00" + self.state, length)
 
-    def _product(self, slots: Slots) -> int:
-        """sum_s r_s slots_s mod p, in 20/21-bit limbs (the slow reference is in the tests)."""
-        stream = keystream(self._derive(b"sum tag coefficients", 32))
-        total = 0
+    def product(self) -> Product:
+        """Of no slots yet."""
+        return Product(self._derive(b"sum tag coefficients", 32))
+
+
+class Product:
+    """sum_s r_s v_s mod p of a vector v whose slots come in order, part by part. key: of the coefficients r."""
+
+    def __init__(self, key: bytes) -> None:
+        self._stream, self.value = keystream(key), 0
+
+    def take(self, slots: Slots) -> None:
+        """The next slots, (s,) uint64, in 20/21-bit limbs (the slow reference is in the tests)."""
         for start in range(0, len(slots), _BLOCK):
             v = slots[start : start + _BLOCK]
-            r = np.frombuffer(stream.update(bytes(8 * len(v))), dtype="<u8") >> np.uint64(3)
-            total += _dot(r, v)
-        return total % PRIME
+            r = np.frombuffer(self._stream.update(bytes(8 * len(v))), dtype="<u8") >> np.uint64(3)
+            self.value = (self.value + _dot(r, v)) % PRIME
 
 
 def _dot(r: Slots, v: Slots) -> int:

@@ -19,7 +19,7 @@ from support import reference
 from support.chunks import read_chunk, tampered
 
 from fedcore.errors import EnvelopeRefused, TagRefused
-from fedcore.secagg.crypto import bfv, sumtag
+from fedcore.secagg.crypto import bfv, bfv_chunks, sumtag
 from fedcore.secagg.crypto.bfv import EncryptedFold, EncryptedSealer, PublicContext, SecretContext
 from fedcore.secagg.crypto.bfv_chunks import FULL
 from fedcore.secagg.crypto.masked import MaskedFold, MaskedSealer
@@ -28,6 +28,8 @@ from fedcore.secagg.crypto.sumtag import PRIME, GroupSecret, SumTag, key_id, sta
 from fedcore.secagg.encode.pack import Layout
 from fedcore.secagg.packing import solve_packing
 from fedcore.secagg.plan import RoundHeader, VectorSpec, Wide
+from fedcore.secagg.protocol.effects import OpenSum
+from fedcore.secagg.scheme import EpochSecrets
 
 pytest.importorskip("tenseal.sealapi")
 
@@ -218,6 +220,37 @@ def add_plain(epoch, fold, changes):
     for slot, value in changes.items():
         plain[slot] = value % (1 << PACKING.slot_bits)
     bfv._add(epoch.public, fold._firsts.reshape(-1), bfv._scaled(epoch.public, plain))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 64])
+def test_tag_and_hmac_of_a_sum_that_comes_in_chunks_are_those_of_the_whole(
+    epoch, monkeypatch, blocks
+):
+    """Each chunk is in both before the next one is asked for; the tag's own slots are in the HMAC only."""
+    monkeypatch.setattr(bfv_chunks, "BLOCKS_PER_CHUNK", blocks)
+    survivors, secrets = ROSTER[:3], EpochSecrets(epoch.secret.group, epoch.sealer)
+    vectors = {site: epoch.vector(site) for site in survivors}
+    chunks = list(epoch.fold([list(epoch.sealer.protect(v)) for v in vectors.values()]).total())
+    asked = OpenSum(HEADER, survivors, (), STATE, b"", 0)
+    opened, decrypted = [], epoch.sealer._decrypt
+
+    def coming():
+        for place, chunk in enumerate(chunks):
+            assert len(opened) == place * blocks
+            yield chunk
+
+    def decrypt(*of):
+        opened.append(decrypted(*of))
+
+    monkeypatch.setattr(epoch.sealer, "_decrypt", decrypt)
+    total, _, mac = secrets.open_with_mac(coming(), LAYOUT, asked)
+    assert len(chunks) == -(-LAYOUT.blocks // blocks)
+    assert (total == sum(vectors.values()) % np.uint64(1 << PACKING.slot_bits)).all()
+    assert mac == secrets.sum_mac(HEADER, total)
+    with pytest.raises(TagRefused):
+        secrets.open_with_mac(chunks, LAYOUT, replace(asked, survivors=ROSTER[:4]))
+    with pytest.raises(TagRefused):
+        secrets.open_with_mac(chunks, LAYOUT, replace(asked, state_tag=b"another"))
 
 
 def mark(site, value):
