@@ -53,6 +53,25 @@ class Commands:
         self._programs = programs
         self.said: list[tuple[str, str, str]] = []
         self.running: dict[str, subprocess.Popen[str]] = {}
+        self._starting, self._stopped_by = False, 0
+
+    def stop(self, number: int, _: object) -> None:
+        """Handle a signal: the demo ends, but not between the start of a process and its place in a list."""
+        if self._starting:
+            self._stopped_by = number
+            return
+        raise SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def _start_whole(self) -> Iterator[None]:
+        """A process that starts inside is known to who ends it before a signal ends the demo."""
+        self._starting = True
+        try:
+            yield
+        finally:
+            self._starting = False
+        if self._stopped_by:
+            raise SystemExit(128 + self._stopped_by)
 
     def _start(self, text: str, **streams: object) -> subprocess.Popen[str]:
         program, *rest = shlex.split(text)
@@ -71,9 +90,9 @@ class Commands:
         pipe = subprocess.PIPE
         started: list[subprocess.Popen[str]] = []
         try:
-            started.extend(
-                self._start(text, stdin=pipe, stdout=pipe, stderr=pipe) for text in commands
-            )
+            for text in commands:
+                with self._start_whole():
+                    started.append(self._start(text, stdin=pipe, stdout=pipe, stderr=pipe))
             for process, (text, line) in zip(started, commands.items(), strict=True):
                 out, err = process.communicate(line)
                 self.said.append((text, out, err))
@@ -85,7 +104,7 @@ class Commands:
 
     def begin(self, name: str, text: str, words: str = "") -> None:
         """Start a command in the background, and wait until its log has these words."""
-        with (self.folder / f"{name}.log").open("a") as log:
+        with (self.folder / f"{name}.log").open("a") as log, self._start_whole():
             self.running[name] = self._start(
                 text, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
@@ -379,12 +398,7 @@ def main() -> int:
         print("hint: scripts/demo --deployed", file=sys.stderr)
         return 2
 
-    def stop(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
     ended_by = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in ended_by:
-        signal.signal(number, stop)
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="fedcore-demo-"))
     programs = {name: [str(Path(sys.executable).with_name(name))] for name in PROGRAMS}
     env = {
@@ -394,6 +408,8 @@ def main() -> int:
         "PYTHONDONTWRITEBYTECODE": "",  # else each of some forty processes compiles the program anew
     }
     demo = Demo(folder, programs, env)
+    for number in ended_by:
+        signal.signal(number, demo.stop)
     try:
         print(f"everything is in {folder} until the end")
         write_files(folder)
