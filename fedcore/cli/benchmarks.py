@@ -116,3 +116,22 @@ def flower(
     as_json: AsJson = False,
 ) -> None:
     """Measure rounds of Flower apps on Flower's deployment and on ours. The same accuracy, side by side."""
+
+
+@_bench("simulate", "{workloads}, {rounds} rounds")
+def simulate(
+    workloads: Annotated[
+        str, typer.Option(help="What is trained, comma-separated: logreg, mlp, cnn.")
+    ] = "logreg",
+    peers: Annotated[
+        Path | None, typer.Option(help="Environments made by scripts/bench/simulate-peers.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each engine.")] = 9,
+    seed: Annotated[int, typer.Option(help="Of clients, model and cohorts.")] = 0,
+    engines: Annotated[
+        str,
+        typer.Option(help="Comma-separated: batched, batched-2, sequential, sequential-2, pfl."),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Measure rounds of a simulation, beside pfl-research's. The same models, compared first."""
