@@ -40,7 +40,8 @@ from fedcore.errors import LeaseLost
 LOG = logging.getLogger("fedcore.store")
 
 LEASE_SECONDS = 6.0
-"""How long a lease lasts: a standby takes over so long after the last renewal. It is renewed four times as often."""
+"""How long a lease lasts: a standby takes over so long after the last renewal. It is renewed four times as often,
+and so is one that lasts longer."""
 
 IDLE_SECONDS = 2.0
 """After so long without a statement inside a transaction the server ends the session (a paused holder)."""
@@ -156,7 +157,7 @@ class Lease:
 
     def _renew_on(self) -> None:
         last = time.monotonic()
-        while not self._ended.wait(self._seconds / 4):
+        while not self._ended.wait(min(self._seconds, LEASE_SECONDS) / 4):
             asked = time.monotonic()
             try:
                 if not self._set_end(_until(self._seconds)):

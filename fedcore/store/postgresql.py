@@ -10,6 +10,7 @@ server, or has a copy of it, reads what is in clear; with a keystore the content
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -28,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import RootTransaction, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateSchema
 
@@ -36,6 +37,8 @@ from fedcore.errors import BadInput, LeaseLost, StoreFull, StoreProblem, require
 from fedcore.files.disk import FREE_SOME
 from fedcore.store.database import SCHEMA, Compiled, Tables, check_meta, check_sealed, tables
 from fedcore.store.lease import IDLE_SECONDS, LEASE_SECONDS, LEASES, Lease, holder_of, take
+
+LOG = logging.getLogger("fedcore.store")
 
 EXPECTED = "postgresql://USER@HOST:PORT/DATABASE"
 _EXAMPLE = "postgresql://fedcore@db.example.org/fedcore, with the password in $PGPASSFILE"
@@ -174,17 +177,22 @@ class PostgresqlDatabase:
             check_sealed(self.name, self.sealed, expected)
 
     def _wait_for_lease(self, wait: Callable[[str], None] | None, seconds: float) -> int:
-        told = False
+        told, trouble = False, ""
         while True:
             try:
                 fence = take(self.connection, self._party, seconds)
                 if fence is not None:
                     return fence
-                holder = holder_of(self.connection, self._party)
-            except DBAPIError as error:
-                if not told or not error.connection_invalidated:
+                holder, trouble = holder_of(self.connection, self._party), ""
+            except OperationalError as error:
+                if not told:
                     raise
-                holder = ""  # a server that restarts: it is asked again
+                # A server that restarts is asked again, for as long as it takes: a standby that ended here would
+                # be missing when the coordinator loses its lease over the same restart.
+                now = str(_refused(self._url, "standby", error))
+                if now != trouble:
+                    LOG.warning("%s; it is asked again", now)
+                holder, trouble = "", now
             if wait is None:
                 raise StoreProblem(
                     f"{self.name}: found {holder} with the lease of {self._party!r}, expected no other process",

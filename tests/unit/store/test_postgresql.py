@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from support.postgres import PASSWORD
 from fedcore.errors import BadInput, FedcoreError, LeaseLost, StoreProblem
 from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.store import lease as leases
-from fedcore.store.postgresql import PostgresqlDatabase, read_url
+from fedcore.store.postgresql import POLL_SECONDS, PostgresqlDatabase, read_url
 
 TESTS = Path(__file__).resolve().parents[2]
 PRELUDE = f"""
@@ -222,6 +223,34 @@ def test_a_standby_says_whom_it_waits_for_and_takes_over_when_the_holder_closes(
     first.close()
     standby.join(60)
     assert got == [[1]] and len(said) == 1 and f"process {os.getpid()} on" in said[0]
+
+
+def test_a_standby_waits_for_a_server_that_is_down(place, caplog):
+    """It says so once, and takes over when the server is back: the holder may have lost its lease meanwhile."""
+    holder, got, waiting = opened(place.where, seconds=60.0), [], threading.Event()
+
+    def stand_by():
+        with opened(place.where, wait=lambda _: waiting.set()) as journal:
+            got.append(numbers(journal))
+
+    holder.append("job", "round", record(1))
+    standby = threading.Thread(target=stand_by)
+    standby.start()
+    assert waiting.wait(60)
+    disconnect(place, allow=False)
+    while "asked again" not in caplog.text and standby.is_alive():
+        time.sleep(0.01)
+    disconnect(place, allow=True)
+    holder.close()
+    place.sql("UPDATE leases SET expires = '-infinity'")  # its connection may be lost, too
+    standby.join(60)
+    assert got == [[1]]
+    assert PASSWORD not in caplog.text
+
+
+def test_the_waits_of_a_takeover_are_shorter_than_ten_seconds():
+    """The lease's end, a transaction of the holder, the poll; what a standby does besides is work, not waiting."""
+    assert leases.LEASE_SECONDS + leases.IDLE_SECONDS + POLL_SECONDS < 9
 
 
 # ------------------------------------------------------------------------------------ refusals
