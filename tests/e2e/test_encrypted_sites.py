@@ -12,6 +12,9 @@ from deployment import HUB, PATIENCE, SMALL, deployment, small_task
 
 from fedcore.identity.kit import read_key
 
+CONNECTED = "connected to "
+"""Of a site's log, once it has a session."""
+
 PASSPHRASE = "correct horse battery staple"
 SEES = SMALL.replace(
     "    random =",
@@ -51,10 +54,15 @@ def test_a_job_with_encrypted_sites_survives_a_kill_and_leaves_no_secret(tmp_pat
         job = fed.submit(rounds=20)
         fed.wait(job, lambda event: event["rounds_done"] >= 1)
         for name in ("a", "b"):
+            before = fed.log(name).count(CONNECTED)
             fed.kill(name, signal.SIGKILL)
             fed.processes[name].wait(PATIENCE)
             fed.start(name)
-            fed.connected()  # two that are lost in one round are more than four sites survive
+            fed.until(name, CONNECTED, before)
+            # A site that restarts leaves its round, and two that leave one are more than four sites survive. The
+            # round that begins after the next release waits for this site; once it is released, the other is killed.
+            done = fed.wait(job, bool)[-1]["rounds_done"]
+            fed.wait(job, lambda event, done=done: event["rounds_done"] >= done + 2)
         assert fed.wait(job)[-1]["state"] == "finished"
         fed.released(job)
         assert "variable False" in fed.log("a") and "variable True" not in fed.log("a")
