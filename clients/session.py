@@ -52,6 +52,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 ANSWER_SECONDS = 30.0
 """Timeout of the coordinator's first frame, and of a part of a transfer."""
 
+REVOKED = "revoked"
+"""The check of a certificate that does not count any more, also after a new attempt."""
+
 TELLING_SECONDS = 0.2
 """How long an activity lasts before it is sent: this saves a third of a small round's messages."""
 
@@ -167,6 +170,8 @@ class Session:
                     raise
                 pause = FIRST_PAUSE  # the operator sent it away
                 continue
+            if self.refused is not None:
+                return
             if self._presence.welcomed and time.monotonic() - started > 2 * pause:
                 pause = FIRST_PAUSE
             if not self._presence.welcomed:
@@ -180,7 +185,11 @@ class Session:
         try:
             await self._once()
         except (grpc.aio.AioRpcError, PeerRefused, BadInput, OSError) as error:
-            await self._explain(error)
+            self.refused = final(error)
+            if self.refused is None:
+                await self._explain(error)
+            else:
+                self.last_error = self.refused.text
         except Exception as error:
             LOG.exception("the session ended by a fault of this side")
             self.last_error = type(error).__name__
@@ -393,6 +402,20 @@ class Session:
         if self._channel is None:
             raise Offline
         return self._channel
+
+
+def final(error: Exception) -> frames.Goodbye | None:
+    """The coordinator's refusal that no later attempt changes: this certificate is revoked. None for other errors.
+
+    It is authenticated: gRPC reads a status from a connection only after its handshake, in which the other side proved
+    to have the coordinator's certificate of this federation's authority. A proxy's own answer has no such first line.
+    """
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return None
+    found = told(error.code().name, error.details() or "")
+    if isinstance(found, CertificateRefused) and found.check == REVOKED:
+        return frames.Goodbye(REVOKED, str(found))
+    return None
 
 
 async def send_frames(stream: Any, out: asyncio.Queue[bytes]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 
+import grpc
 import pytest
-from fedcore_clients import joining
+from fedcore_clients import joining, session
 
 from fedcore.audit.keys import SiteSigner
 from fedcore.audit.trail import AuditTrail
@@ -59,7 +60,9 @@ def test_a_session_ends_with_the_word_of_its_certificate(files, va, tmp_path, tr
     assert line["site"] == "va"
 
 
-def test_a_site_that_starts_with_a_revoked_certificate_is_told_so(files, va, tmp_path, trail):
+def test_a_site_that_starts_with_a_revoked_certificate_ends_with_one_line(
+    files, va, tmp_path, trail
+):
     files.revoke("va")
 
     async def play():
@@ -67,12 +70,74 @@ def test_a_site_that_starts_with_a_revoked_certificate_is_told_so(files, va, tmp
             coordinator(files, now, tmp_path, audit=trail),
             site_process(va) as (site, running),
         ):
-            await until(lambda: "withdrawn" in site.session.last_error)
-            assert site.session.since is None and not running.done()
+            await asyncio.wait([running], timeout=60)
+            assert site.session.since is None
+            with pytest.raises(Refused, match=r"\(revoked: .*withdrawn") as caught:
+                running.result()
+            assert "\n" not in str(caught.value) and "new certificate" in caught.value.remedy
+            assert caught.value.exit_code != 0
 
     asyncio.run(play())
     assert words(va / "state") == ["revoked"]
     assert words(tmp_path / "hub") == ["revoked"]
+
+
+def test_a_site_that_is_not_on_the_roster_yet_tries_again(files, va, tmp_path, trail):
+    """A refusal that can pass."""
+    known = dict(files.roster().sites)
+
+    def write(number, sites):
+        made = SignedRoster("heart", number, now().replace(microsecond=0), sites)
+        files.config.roster.write_bytes(made.sign(authority_of(files)).to_toml())
+
+    write(3, {"vb": IdentityKey().public})
+
+    async def play():
+        async with (
+            coordinator(files, now, tmp_path, audit=trail) as hub,
+            site_process(va) as (site, running),
+        ):
+            await until(lambda: words(tmp_path / "hub") == ["roster"])
+            assert not running.done()
+            write(4, known)
+            hub.refresh_roster()
+            await until(lambda: site.session.since)
+
+    asyncio.run(play())
+
+
+def test_nobody_but_the_coordinator_can_end_a_site(files, va, tmp_path):
+    """Somebody on the way answers for the coordinator, with the very refusal that would end the site."""
+    files.revoke("va")
+    impostor = Authority.create("heart", now())
+    kit = impostor.issue("coordinator", "hub", now(), hosts=["localhost"]).save(tmp_path / "kit")
+
+    async def play():
+        async with coordinator(files, now, tmp_path, kit=kit), site_process(va) as (site, running):
+            await until(lambda: recorded(va / "state", "refused"))
+            tried = site.session._turn
+            await until(lambda: site.session._turn > tried + 2)
+            assert site.session.since is None and not running.done()
+
+    asyncio.run(play())
+    assert "revoked" not in words(va / "state")
+
+
+@pytest.mark.parametrize(
+    ("status", "details", "ends"),
+    [
+        ("PERMISSION_DENIED", "revoked\nfound it withdrawn\nask", True),
+        ("PERMISSION_DENIED", "roster\nfound no such site\nask", False),
+        ("PERMISSION_DENIED", "Received http2 header with status: 403", False),
+        ("PERMISSION_DENIED", "", False),
+        ("UNAVAILABLE", "revoked\nfound it withdrawn\nask", False),
+    ],
+)
+def test_only_the_coordinators_own_word_is_final(status, details, ends):
+    """A proxy's 403 has the same status."""
+    metadata = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(grpc.StatusCode[status], metadata, metadata, details)
+    assert (session.final(error) is not None) == ends
 
 
 def test_a_coordinator_of_another_authority_is_named_in_the_trail(files, va, tmp_path):
