@@ -126,7 +126,7 @@ def create(
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     settings = _SETTINGS.format(
         name=name, host=hosts[0], port=port, enrol_port=enrol_port, approval=approval,
-        listen=f'listen = ["{hosts[0]}"]' if set(hosts) <= {*LOOPBACK[1:]} else 'listen = ["::"]',
+        listen=f"listen = {json.dumps(_addresses(hosts))}",
         metrics="" if metrics_port is None else _METRICS.format(metrics_port),
         unlock=f"unlock = {json.dumps(unlock)}" if unlock else _NO_UNLOCK,
         key=f"key = {json.dumps(key)}\n" if key else "",
@@ -141,6 +141,14 @@ def create(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return NewFederation(folder, made[0], tuple(hosts), port, enrol_port, *made[1:], token)
+
+
+def _addresses(hosts: Sequence[str]) -> list[str]:
+    """The addresses to listen on: those of this machine alone where sites are told no other."""
+    if not set(hosts) <= set(LOOPBACK):
+        return ["::"]
+    own = LOOPBACK[1:]  # "localhost" is one or the other, as the resolver of a site has it
+    return [address for address in own if address in hosts or "localhost" in hosts]
 
 
 def _write(
