@@ -45,10 +45,10 @@ def events_of(effect: effects.SiteEffect, found: SiteJob) -> Iterator[Event]:
 
 
 def _round_of(message: job_messages.ToCoordinator, found: SiteJob) -> RoundHeader | None:
-    """The round that a message is of: the one under way, or for keys that are sent ahead the next."""
+    """The round that a message is of: the one under way, or for keys and shares that are sent ahead the next."""
     stage = found.stage
     if (
-        isinstance(message, messages.Keys)
+        isinstance(message, messages.Keys | messages.Shares)
         and isinstance(stage, site.Stated)
         and stage.ahead is not None
     ):

@@ -19,7 +19,7 @@ from fedcore import __version__
 from fedcore.errors import MalformedMessage, VersionRefused
 from fedcore.wire.limits import KIB, Limit, found
 
-WIRE_VERSION = 6
+WIRE_VERSION = 7
 """Version of frames and calls. It is in field 1 of the first frame of a session and of every operator
 request, in every version, so that a refusal can name both versions."""
 
@@ -28,6 +28,9 @@ TOGETHER = 128 * KIB
 
 MOST_TOGETHER = 16
 """Frames of one message."""
+
+ALONE = 4 * KIB
+"""Bytes above which a frame is sent in a message of its own: over a slow line those before it arrive sooner."""
 
 F = TypeVar("F")
 
@@ -118,7 +121,7 @@ def in_messages(packed: Iterable[bytes]) -> Iterator[bytes]:
     found: list[bytes] = []
     size = 0
     for data in packed:
-        if found and (len(found) == MOST_TOGETHER or size + len(data) > TOGETHER):
+        if found and (len(found) == MOST_TOGETHER or max(size, len(data)) > ALONE):
             yield b"".join(found)
             found, size = [], 0
         found.append(data)

@@ -77,6 +77,7 @@ FROM_SITES: Table[messages.SiteMessage | epoch.SiteEpochMessage] = {
         messages.Keys,
         messages.Shares,
         messages.Confirm,
+        messages.NextKeys,
         messages.Unmask,
         most=SITE_RECORD,
         under=lambda plan: plan.layers.masks,

@@ -86,7 +86,8 @@ RECORDS = {
     "SharesHead": "header:B site:S parcels:[(S,B)] signature:B",
     "Shares": "head:SharesHead parcels:[Parcel]",
     "Submit": "header:B site:S digest:B size:I state_tag:B key_id:B salt:B signature:B",
-    "Confirm": "header:B site:S bundle:B cohort:B survivors:[(S,B)] signature:B",
+    "Confirm": "header:B site:S bundle:B cohort:B survivors:[(S,B)] next:B signature:B",
+    "NextKeys": "header:B site:S channel:HybridPublic mask:HybridPublic self_seed_hash:B",
     "Answer": "of:S kind:S share:B",
     "Unmask": "header:B site:S answers:[Answer]",
     "Statement": "header:B site:S survivors:B sum_mac:B state_mac:B signature:B",
@@ -95,6 +96,7 @@ RECORDS = {
     "Delivery": "header:B heads:[SharesHead] parcels:[Parcel]",
     "SurvivorList": "header:B submissions:[Submit]",
     "Confirmations": "header:B confirms:[Confirm]",
+    "NextBundle": "header:B keys:[NextKeys]",
     "Aggregate": "header:B submissions:[Submit] digest:B size:I",
     "Abandon": "header:B stage:S",
     "Certificate": (
@@ -760,7 +762,7 @@ class Round:
         listed = [[each["site"], digest({**each, "signature": b""})] for each in self.submits]
         confirms = [
             self.sites[name].sign(
-                record("Confirm", self.h, name, digest(keys), digest(everybody), listed, b"")
+                record("Confirm", self.h, name, digest(keys), digest(everybody), listed, b"", b"")
             )
             for name in left
         ]

@@ -215,7 +215,7 @@ def start(parties, keys):
 
 def test_a_round_begins_with_the_keys_of_all_sites_and_with_them_only():
     parties = released()
-    kept, header = parties.kept, parties.header()
+    kept, header = parties.sent.keys, parties.header()
     assert list(coordinator.ahead_of(parties.hub, header, kept)) == list(kept.values())
     after, found = start(parties, kept.values())
     assert isinstance(after, coordinator.Sharing)
@@ -240,7 +240,7 @@ def test_a_round_begins_with_the_keys_of_all_sites_and_with_them_only():
 
 def test_keys_ahead_follow_a_release_only():
     parties = released()
-    keys, header = parties.kept.values(), parties.header()
+    keys, header = parties.sent.keys.values(), parties.header()
     for stage in (
         coordinator.Ready(1),
         coordinator.Failed(parties.stages[HUB].header, "keys", 1, ()),

@@ -23,6 +23,7 @@ from fedcore.secagg.plan import RoundHeader
 from fedcore.secagg.protections import SCHEMES
 from fedcore.secagg.protocol import effects, epoch, messages
 from fedcore.secagg.protocol.absences import STAGES
+from fedcore.secagg.protocol.job.coordinator.sent_ahead import SentAhead
 from fedcore.secagg.protocol.round import coordinator, site
 from fedcore.secagg.protocol.round.site import SiteProgress
 from fedcore.secagg.protocol.wire_form import decode, encode
@@ -111,11 +112,11 @@ class Parties:
     """n sites and their coordinator between rounds. Stages are replaced, never changed.
 
     cut: {who: how many more effects it carries out before its process ends}. ahead: whether sites send keys for the
-    next round with their statement.
+    next round with their confirmation, and shares with their statement.
     """
 
     def __init__(self, n, threshold=0, protection="masked", ahead=False):
-        self.ahead, self.kept = ahead, {}
+        self.ahead, self.sent = ahead, SentAhead()
         self.plan = plan_of(n, threshold, protection)
         self.sites = self.plan.sites
         identities = {name: IdentityKey() for name in self.sites}
@@ -123,7 +124,15 @@ class Parties:
         # A site outwaits the coordinator, which alone decides who is late.
         self.members = {
             name: site.SiteParams(
-                name, key, self.pins, self.plan, FEDERATION, JOB, OsEntropy(), timeout=6000.0
+                name,
+                key,
+                self.pins,
+                self.plan,
+                FEDERATION,
+                JOB,
+                OsEntropy(),
+                timeout=6000.0,
+                ahead=ahead,
             )
             for name, key in identities.items()
         }
@@ -155,10 +164,12 @@ class Parties:
         self.absences = absences
         self.made, self.removed, self.folded = {}, None, []
         header, salt = self.header(), self.plan.salt_bytes
-        keys, self.kept = coordinator.ahead_of(self.hub, header, self.kept), {}
+        (keys, shares), self.sent = self.sent.for_round(self.hub, header), SentAhead()
         if not keys and self.ahead:  # the sites may have used this number up
             header = replace(header, round=header.round + 1)
         self.step(HUB, coordinator.Start(header, SIZE, salt, keys))
+        for each in shares:
+            self.deliver(HUB, coordinator.MessageFromSite(each.site, each))
 
     def play(self, choose=None, **absences):
         """One whole round; returns the coordinator's last stage."""
@@ -236,12 +247,30 @@ class Parties:
                 self.step(to, site.Declined(event.announce.header))
 
     def keeps(self, to, event):
-        """Whether these are keys of a round that has not begun: the coordinator's shell keeps them."""
-        keys, under_way = getattr(event, "message", None), getattr(self.stages[HUB], "header", None)
-        if to != HUB or not isinstance(keys, messages.Keys) or keys.header == under_way.digest:
+        """Whether this is for a round that has not begun: the coordinator's shell keeps it."""
+        found, stage = getattr(event, "message", None), self.stages[HUB]
+        under_way = getattr(stage, "header", None)
+        if to != HUB:
             return False
-        self.kept[event.sender] = keys
+        match found:
+            case messages.Keys() if found.header != under_way.digest:
+                self.sent.keys[event.sender] = found
+            case messages.Shares() if found.head.header != under_way.digest:
+                self.sent.shares[event.sender] = found
+            case messages.NextKeys():
+                self.sent.announced[event.sender] = found
+                unmasking = isinstance(stage, coordinator.Unmasking)
+                bundle = self.sent.bundle(stage) if unmasking else None
+                for keys in () if bundle is None else bundle.keys:
+                    self.send(HUB, keys.site, self.wire(bundle))
+            case _:
+                return False
         return True
+
+    def passed_on(self):
+        """The bundles of keys for the next round that sites were sent: the coordinator's shell makes them."""
+        found = (getattr(step.event, "message", None) for step in self.log)
+        return [message for message in found if isinstance(message, messages.NextBundle)]
 
     def absent(self, to, event):
         message = getattr(event, "announce", getattr(event, "message", event))
@@ -364,9 +393,9 @@ class Parties:
             self.folded = []  # the running sum was in memory; the finished one is spooled
         found = self.step(who, (coordinator if who == HUB else site).Restarted())
         for name in self.sites if who == HUB else [who]:
-            if who == HUB and isinstance(self.stages[name], site.IN_ROUND):
+            if who == HUB:
                 self.step(name, site.SessionRestored())
-            elif who != HUB:
+            else:
                 self.step(HUB, coordinator.SiteReconnected(name))
         return found
 

@@ -125,6 +125,11 @@ def keys(keys: messages.Keys, header: RoundHeader, pins: Pins) -> None:
     if keys.site not in header.roster:
         raise RosterRefused("keys", f"of {keys.site!r}", "a site of the roster", COORDINATOR)
     check_signature(keys, pins)
+    well_formed(keys)
+
+
+def well_formed(keys: messages.Keys | messages.NextKeys) -> None:
+    """Public keys of the right lengths and of no small order. Raises KeyRefused."""
     for public in (keys.channel, keys.mask):
         shared_of(public, (HybridPublic, keys.site), partial(public.check, keys.site))
     if len(keys.self_seed_hash) != 32:

@@ -56,8 +56,7 @@ class Keys(FromOneSite):
     @property
     def public(self) -> tuple[bytes, ...]:
         """All public values, which must be distinct over all sites."""
-        channel, mask = self.channel, self.mask
-        return channel.x25519, channel.mlkem, mask.x25519, mask.mlkem, self.self_seed_hash
+        return public_values(self)
 
 
 @record("Parcel")
@@ -117,13 +116,29 @@ class Confirm(FromOneSite):
     """The one survivor list a site signs in a round.
 
     bundle: digest of the signed key bundle; cohort: of U2; survivors: (site, digest of its whole
-    submission).
+    submission). next: digest of the signer's `NextKeys`, or b"" where it sends none.
     """
 
     bundle: bytes
     cohort: bytes
     survivors: tuple[tuple[SiteId, bytes], ...]
+    next: bytes
     signature: bytes
+
+
+@record("NextKeys")
+class NextKeys(FromOneSite):
+    """The public keys that a site will use in the round after this one, where all survivors go on. Its confirmation
+    signs their digest; its `Keys` of that round, which name the state, contain the same."""
+
+    channel: HybridPublic
+    mask: HybridPublic
+    self_seed_hash: bytes
+
+    @property
+    def public(self) -> tuple[bytes, ...]:
+        """All public values, as of `Keys`."""
+        return public_values(self)
 
 
 @record("Answer")
@@ -217,6 +232,15 @@ class Confirmations:
     confirms: tuple[Confirm, ...]
 
 
+@record("NextBundle")
+class NextBundle:
+    """The public keys of all survivors for the round after this one, each of the digest in its site's confirmation:
+    a site can share its secrets of that round while this one is released."""
+
+    header: bytes
+    keys: tuple[NextKeys, ...]
+
+
 @record("Aggregate")
 class Aggregate:
     """The sum is ready for download: of exactly these submissions."""
@@ -270,10 +294,10 @@ class Notice(FromOneSite):
     sealed: bytes
 
 
-SiteMessage = Keys | Shares | Submit | Confirm | Unmask | Statement | Leave
+SiteMessage = Keys | Shares | Submit | Confirm | NextKeys | Unmask | Statement | Leave
 CoordinatorMessage = (
-    Announce | KeyBundle | Delivery | SurvivorList | Confirmations | Aggregate | Certificate |
-    Notice | Abandon
+    Announce | KeyBundle | Delivery | SurvivorList | Confirmations | NextBundle | Aggregate |
+    Certificate | Notice | Abandon
 )  # fmt: skip
 RoundMessage = SiteMessage | CoordinatorMessage
 
@@ -319,6 +343,12 @@ def check_signature(message: Signed, pins: Mapping[SiteId, bytes]) -> None:
 def share_digest(header: bytes, of: SiteId, holder: SiteId, kind: str, share: bytes) -> bytes:
     """What a sender signs of one plaintext key share."""
     return digest((header, of, holder, kind, share))
+
+
+def public_values(keys: Keys | NextKeys) -> tuple[bytes, ...]:
+    """The five public values of a site's keys."""
+    channel, mask = keys.channel, keys.mask
+    return channel.x25519, channel.mlkem, mask.x25519, mask.mlkem, keys.self_seed_hash
 
 
 Sent = TypeVar("Sent", bound=FromOneSite | Shares)

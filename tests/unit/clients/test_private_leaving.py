@@ -37,7 +37,8 @@ NOT_OF_ROWS = {
         "Unmask.answers.kind",
     },
     "keys and what is sealed with them, drawn anew": {
-        "Keys.channel.*", "Keys.mask.*", "Keys.self_seed_hash", "Shares.head.*", "Shares.parcels.*",
+        "Keys.channel.*", "Keys.mask.*", "Keys.self_seed_hash", "NextKeys.channel.*", "NextKeys.mask.*",
+        "NextKeys.self_seed_hash", "Confirm.next", "Shares.head.*", "Shares.parcels.*",
         "Submit.salt", "Unmask.answers.share", "EpochKey.key.*", "Grant.recipient_key", "Grant.envelope",
         "Grants.grants.recipient_key", "Grants.grants.envelope", "Grants.grants.signature", "*.signature",
     },

@@ -110,7 +110,7 @@ def test_errors_name_records_of_renamed_classes_by_their_frozen_names():
     with pytest.raises(OutOfOrder) as refused:
         site.step(parties.members["s00"], parties.stages["s00"], event, 0.0)
     assert refused.value.found == "Aggregate"
-    assert refused.value.expected == "Abandon or Certificate or Notice"
+    assert refused.value.expected == "Abandon or Certificate or NextBundle or Notice"
 
 
 def test_tables_of_the_wire_are_by_frozen_name():

@@ -181,7 +181,7 @@ def samples():
     """A stage of each type and an event of each type, of both machines, from the same round."""
     found = {"site": ({}, {}), "coordinator": ({}, {})}
     for protection, absences in (("masked", {}), ("masked", {"s01": "keys", "s02": "keys"})):
-        parties = Parties(3, protection=protection)
+        parties = Parties(3, protection=protection, ahead=not absences)
         parties.play(**absences)
         for step in parties.log:
             if step.who not in {HUB, "s00"}:

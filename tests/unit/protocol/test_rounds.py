@@ -211,7 +211,13 @@ def test_rounds_are_the_same_through_the_messages_bytes(protection, stand_in):
     job = Job(4, 3, protection, 4)
     assert job.check({"s01": "submit"}) and job.check({"s02": "release"}) and job.check({})
     heard = {*messages.SiteMessage.__args__, *messages.CoordinatorMessage.__args__}
-    rare = {messages.Leave, messages.Abandon, messages.Notice}
+    rare = {
+        messages.Leave,
+        messages.Abandon,
+        messages.Notice,
+        messages.NextKeys,
+        messages.NextBundle,
+    }
     masked = {messages.KeyBundle, messages.Delivery, messages.SurvivorList, messages.Confirmations}
     masked |= {messages.Keys, messages.Shares, messages.Confirm, messages.Unmask}
     assert set(crossed) == heard - rare - (set() if Protection.of(protection).masks else masked)

@@ -21,12 +21,13 @@ from fedcore.secagg.protocol.wire_form import MAX_DEPTH, decode, digest, encode,
 
 def said():
     """One message of every type, from a round with a dropout, a refusal and an abandonment."""
-    parties = Parties(4)
+    parties = Parties(4, ahead=True)
     parties.play(s03="submit")
     parties.refusers = {"s00"}
     parties.catch_up()
     parties.play(s01="release")
-    return {type(m): m for step in parties.log for m in step.sent}, parties
+    sent = [m for step in parties.log for m in step.sent]
+    return {type(m): m for m in [*sent, *parties.passed_on()]}, parties
 
 
 SAID, PARTIES = said()

@@ -44,7 +44,7 @@ class Told(Epochs):
 
 def said():
     """(sender, message) of a round with a dropout, a refusal and an abandonment, and of an epoch with a late joiner."""
-    parties = Parties(4)
+    parties = Parties(4, ahead=True)
     parties.play(s03="submit")
     parties.refusers = {"s00"}
     parties.catch_up()
@@ -58,7 +58,8 @@ def said():
     epochs.silent = set()
     epochs.step("s03", epoch.FromCoordinator(epoch.EpochCall(epochs.header())))
     epochs.pump()
-    return [(step.who, m) for step in parties.log for m in step.sent] + epochs.told
+    sent = [(step.who, m) for step in parties.log for m in step.sent]
+    return [*sent, *((HUB, m) for m in parties.passed_on()), *epochs.told]
 
 
 SAID = said()

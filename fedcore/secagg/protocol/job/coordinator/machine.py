@@ -289,6 +289,10 @@ class JobMachine:
             case messages.Submit():
                 self.rounds.submitted(name, message)
                 self.take_upload(name)
+            case messages.NextKeys():
+                self.do(self.rounds.keep_next(name, message))
+            case messages.Shares() if self.rounds.keep_ahead(name, message):
+                pass
             case messages.Keys() if self.rounds.keep_ahead(name, message):
                 self._known_at_rest(
                     [name]
@@ -467,9 +471,14 @@ class JobMachine:
             self.begin_round(facts.step, tuple(roster))
 
     def begin_round(self, step: schedule.PlannedRound, roster: tuple[SiteId, ...]) -> None:
-        header, start = self.rounds.begin(step, roster, self._at)
+        header, (start, *ahead) = self.rounds.begin(step, roster, self._at)
         self.do([effects.OpenFold(header)])
         self.round_step(start)
+        for event in ahead:
+            try:
+                self.round_step(event)
+            except PeerRefused as error:
+                self.do([effects.Warn(str(error))])
 
     def round_step(self, event: coordinator.CoordinatorEvent) -> None:
         """One event of the round; its end is on disk before a message about it is sent."""

@@ -15,6 +15,7 @@ from fedcore.secagg.protocol import messages, schedule
 from fedcore.secagg.protocol.effects import Persist
 from fedcore.secagg.protocol.job import effects
 from fedcore.secagg.protocol.job.coordinator.facts import JobFacts, KeptFile, Moment
+from fedcore.secagg.protocol.job.coordinator.sent_ahead import SentAhead
 from fedcore.secagg.protocol.job.effects import JobEffects
 from fedcore.secagg.protocol.job_messages import SiteStatus
 from fedcore.secagg.protocol.round import coordinator
@@ -42,9 +43,7 @@ class RoundDriver:
         )
         self._submits: dict[SiteId, messages.Submit] = {}
         self._uploads: dict[SiteId, KeptFile] = {}
-        self._ahead: dict[SiteId, messages.Keys] = {}
-        """Keys that sites sent for the round after the one under way, the last of each. Not on disk: without them keys
-        are asked for."""
+        self._ahead = SentAhead()
         self._sum_size: int | None = None
         self._begun = self._stage_since = 0.0
         self._stage_seconds: dict[str, float] = {}
@@ -64,7 +63,7 @@ class RoundDriver:
 
     def _clear(self, at: Moment) -> None:
         self._submits, self._uploads, self._sum_size = {}, {}, None
-        self._ahead = {}
+        self._ahead = SentAhead()
         self._begun = self._stage_since = at.now
         self._stage_seconds = {}
         self._restarted, self._unsaved = False, effects.AppendRecords(())
@@ -72,8 +71,8 @@ class RoundDriver:
 
     def begin(
         self, step: schedule.PlannedRound, roster: tuple[SiteId, ...], at: Moment
-    ) -> tuple[RoundHeader, coordinator.Start]:
-        """The next round, with these sites; `Start` is its first event."""
+    ) -> tuple[RoundHeader, list[coordinator.CoordinatorEvent]]:
+        """The next round, with these sites, and its first events: `Start`, and the shares that were sent ahead."""
         facts, plan = self._facts, self._facts.plan
         assert plan is not None
         seen = [view.rest.round for view in facts.sites.values() if view.rest]
@@ -82,21 +81,40 @@ class RoundDriver:
             step.training_round, step.purpose, roster, roster_digest(facts.pins),
             plan.threshold, plan.protection, plan.digest, facts.released,
         )  # fmt: skip
-        keys = coordinator.ahead_of(self._hub, header, self._ahead)
-        if self._ahead and not keys:  # this number may be used up
+        keys, shares = self._ahead.for_round(self._hub, header)
+        if self._ahead.keys and not keys:  # this number may be used up
             header = replace(header, round=header.round + 1)
         self._clear(at)
         for name in roster:
             facts.sites[name].rest = None
-        return header, coordinator.Start(header, facts.sizes[step.purpose], plan.salt_bytes, keys)
+        start = coordinator.Start(header, facts.sizes[step.purpose], plan.salt_bytes, keys)
+        return header, [start, *(coordinator.MessageFromSite(each.site, each) for each in shares)]
 
-    def keep_ahead(self, name: SiteId, keys: messages.Keys) -> bool:
-        """Whether these are keys for another round than the one under way: kept for the next."""
+    def keep_ahead(self, name: SiteId, message: messages.Keys | messages.Shares) -> bool:
+        """Whether this is for another round than the one under way: kept for the next."""
         under_way = self._facts.round
-        if under_way is not None and under_way.header.digest == keys.header:
+        header = message.header if isinstance(message, messages.Keys) else message.head.header
+        if under_way is not None and under_way.header.digest == header:
             return False
-        self._ahead[name] = keys
+        if isinstance(message, messages.Keys):
+            self._ahead.keys[name] = message
+        else:
+            self._ahead.shares[name] = message
         return True
+
+    def keep_next(self, name: SiteId, keys: messages.NextKeys) -> JobEffects:
+        """Keep the keys of a site for the round after this one; with those of all survivors, pass them on."""
+        stage = self._facts.stage
+        if isinstance(stage, coordinator.InRound) and stage.header.digest == keys.header:
+            self._ahead.announced[name] = keys
+        return self._next_bundle()
+
+    def _next_bundle(self) -> JobEffects:
+        stage = self._facts.stage
+        bundle = self._ahead.bundle(stage) if isinstance(stage, coordinator.Unmasking) else None
+        if bundle is None:
+            return []
+        return [effects.Send(keys.site, bundle) for keys in bundle.keys]
 
     def at_rest(self) -> list[SiteStatus]:
         """The status of each site that signed the certificate of this release and sent keys ahead: it follows from
@@ -108,7 +126,7 @@ class RoundDriver:
         return [
             SiteStatus(facts.id, name, stage.header.epoch, found.hash, number)
             for name, _ in found.signatures
-            if name in self._ahead
+            if name in self._ahead.keys
         ]
 
     def take(self, event: coordinator.CoordinatorEvent, at: Moment) -> JobEffects:

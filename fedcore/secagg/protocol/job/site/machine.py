@@ -347,6 +347,7 @@ class SiteJob:
         yield self._agreement(parts)
         yield from parts.epochs.step(epoch.Again(), now)
         if isinstance(parts.rounds.stage, site.Idle | site.Halted):
+            yield from parts.rounds.step(site.SessionRestored(), now)
             yield from parts.rounds.resend_status()
         else:
             header = parts.rounds.stage.header.digest
@@ -399,7 +400,9 @@ class SiteJob:
                 yield from parts.epochs.step(epoch.FromCoordinator(message), now)
             case messages.Announce():
                 yield from parts.rounds.invited(message, now)
-            case messages.Abandon() | messages.Notice() if parts.rounds.in_another(message.header):
+            case messages.Abandon() | messages.Notice() | messages.NextBundle() if (
+                parts.rounds.in_another(message.header)
+            ):
                 pass  # of the next round, which begins with keys sent ahead: this one's certificate was lost
             case _:
                 yield from parts.rounds.step(site.MessageFromCoordinator(message), now)

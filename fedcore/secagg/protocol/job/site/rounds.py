@@ -50,7 +50,7 @@ class RoundDriver:
         self._me = me = part.me
         self.base_member = site.SiteParams(
             me.id, me.identity, {each: me.pins[each] for each in agreed.plan.sites}, agreed.plan,
-            me.federation, part.job, me.entropy, me.minimum, me.timeout,
+            me.federation, part.job, me.entropy, me.minimum, me.timeout, ahead=True,
         )  # fmt: skip
         self.stage: site.SiteStage = NOWHERE
         self.announced = 0.0

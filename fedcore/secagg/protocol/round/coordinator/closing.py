@@ -23,11 +23,12 @@ Joining = TypeVar("Joining", messages.Keys, messages.Submit)
 
 def ask(move: CoordinatorMove, only: Sequence[SiteId] | None = None) -> None:
     """Send the message of the stage to all sites it is for, or again to those of them in `only`."""
+    again = None if only is None else stages.announced_again(move.stage)
     for site in stages.asked(move.stage):
         if only is None or site in only:
-            message = stages.request_for(move.stage, site)
-            if message is not None:
-                move.send(site, message)
+            for message in (again, stages.request_for(move.stage, site)):
+                if message is not None:
+                    move.send(site, message)
 
 
 def _common(items: Sequence[Joining]) -> tuple[tuple[Joining, ...], tuple[SiteId, ...]]:

@@ -161,9 +161,8 @@ def evolve(stage: stages.CoordinatorStage, entry: CoordinatorEntry) -> stages.Co
         case SharesTaken(shares) if isinstance(stage, stages.Sharing):
             return replace(stage, shares=in_order(stage.header.roster, (*stage.shares, shares)))
         case CohortFixed() if isinstance(stage, stages.Sharing):
-            return stages.Collecting(
-                stage.header, stage.size, stage.salt, stage.bundle, stage.shares, (), stage.gone
-            )
+            begun = stage.header, stage.size, stage.salt, stage.bundle, stage.shares
+            return stages.Collecting(*begun, (), stage.gone, ahead=stage.ahead)
         case SubmissionTaken(submit) if isinstance(stage, stages.Collecting):
             found = in_order(stage.header.roster, (*stage.submissions, submit))
             return replace(stage, submissions=found)

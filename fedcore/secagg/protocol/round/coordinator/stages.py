@@ -61,6 +61,8 @@ class Collecting(Timed):
     submissions: tuple[messages.Submit, ...] = ()
     gone: tuple[SiteId, ...] = ()
     left: tuple[SiteId, ...] = ()
+    ahead: int = 0
+    """As of `Sharing`: a site that sent its shares ahead, too, may not have heard of the round."""
 
 
 @record("Confirming")
@@ -273,9 +275,11 @@ def found_in(statement: messages.Statement) -> tuple[bytes, bytes]:
 
 def is_first(stage: CoordinatorStage) -> bool:
     """Whether a round begins with this stage: the sites it waits for may not have heard of the round."""
-    if isinstance(stage, Collecting):
-        return not stage.header.layers.masks
-    return isinstance(stage, Advertising) or (isinstance(stage, Sharing) and bool(stage.ahead))
+    if isinstance(stage, Collecting) and not stage.header.layers.masks:
+        return True
+    return isinstance(stage, Advertising) or (
+        isinstance(stage, Sharing | Collecting) and bool(stage.ahead)
+    )
 
 
 def asked(stage: CoordinatorStage) -> tuple[SiteId, ...]:
@@ -287,6 +291,14 @@ def asked(stage: CoordinatorStage) -> tuple[SiteId, ...]:
     return tuple(
         s for s in members_of(stage) if not (isinstance(stage, Exposed) and is_out(stage, s))
     )
+
+
+def announced_again(stage: CoordinatorStage) -> messages.Announce | None:
+    """What a site is sent before the message of this stage when it is sent again: where its keys and shares were sent
+    ahead, it may not have heard that the round began."""
+    if isinstance(stage, Collecting) and stage.ahead:
+        return messages.Announce(stage.header, stage.bundle)
+    return None
 
 
 def request_for(stage: CoordinatorStage, site: SiteId) -> messages.CoordinatorMessage | None:

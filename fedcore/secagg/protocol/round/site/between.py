@@ -1,7 +1,7 @@
 """Between rounds: what a site checks before it joins one; key epochs, missed releases and restored folders."""
 
-import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 
 from fedcore import errors
 from fedcore.secagg.crypto.hybrid import HybridKey
@@ -20,7 +20,8 @@ from fedcore.types import SiteId
 def join_round(move: SiteMove, stage: stages.Idle, event: events.Invited) -> None:
     """Use up the round number and send keys, or under `encrypted` begin with the vector.
 
-    Where the announcement has the keys that all sites sent ahead, this site's among them, shares follow at once.
+    Where the announcement has the keys that all sites sent ahead, this site's among them, shares follow at once, if
+    they were not sent ahead, too.
     """
     member, standing, announce = move.member, stage.standing, event.announce
     header, ahead = announce.header, stage.ahead
@@ -43,9 +44,15 @@ def join_round(move: SiteMove, stage: stages.Idle, event: events.Invited) -> Non
     if announce.keys:
         move.record(entries.Joined(*found, exchange(announce)))
         assert isinstance(move.stage, stages.Advertised)
-        share_secrets(move, move.stage, messages.KeyBundle(header.digest, announce.keys))
+        begun = replace(move.stage, sealed=ahead.sealed)
+        bundle = messages.KeyBundle(header.digest, announce.keys)
+        share_secrets(move, begun, bundle, sent=ahead.sealed is not None and ahead.sealed.arrived)
         return
     move.record(entries.Joined(*found, exchange(announce, ahead.keys)))
+    assert isinstance(move.stage, stages.Advertised)
+    move.stage = replace(
+        move.stage, sealed=ahead.sealed
+    )  # asked for by a coordinator that lost them
     move.send(ahead.keys)
 
 
@@ -53,11 +60,24 @@ def draw_keys(
     member: events.SiteParams, header: RoundHeader, state_tag: bytes, key_id: bytes
 ) -> stages.Ahead:
     """Fresh secrets and signed keys for one round."""
+    return keys_of(member, header, state_tag, key_id, draw_secrets(member))
+
+
+def draw_secrets(member: events.SiteParams) -> stages.Secrets:
+    """Fresh secrets of one round."""
     root, self_seed = MaskRoot(member.entropy.draw(32)), member.entropy.draw(32)
-    channel = HybridKey.draw(member.entropy)
-    public = channel.public, root.keys.public, hashlib.sha256(self_seed).digest()
-    keys = Keys(header.digest, member.id, *public, state_tag, key_id, b"")
-    secrets = stages.Secrets.of(channel, root, self_seed)
+    return stages.Secrets.of(HybridKey.draw(member.entropy), root, self_seed)
+
+
+def keys_of(
+    member: events.SiteParams,
+    header: RoundHeader,
+    state_tag: bytes,
+    key_id: bytes,
+    secrets: stages.Secrets,
+) -> stages.Ahead:
+    """The signed keys of these secrets for a round."""
+    keys = Keys(header.digest, member.id, *secrets.public, state_tag, key_id, b"")
     return stages.Ahead(header, state_tag, secrets, sign(keys, member.identity))
 
 
@@ -133,6 +153,17 @@ def decline(move: SiteMove, stage: stages.Between, event: events.Declined) -> No
     if isinstance(stage, stages.Idle):
         move.stage = stages.Idle(stage.standing)
     move.leave(event.header)
+
+
+def session_restored(move: SiteMove, stage: stages.Between, _: events.SessionRestored) -> None:
+    """Shares that were sent ahead may be lost: they are sent again when their round begins."""
+    if (
+        isinstance(stage, stages.Idle)
+        and stage.ahead is not None
+        and stage.ahead.sealed is not None
+    ):
+        sealed = replace(stage.ahead.sealed, arrived=False)
+        move.stage = replace(stage, ahead=replace(stage.ahead, sealed=sealed))
 
 
 def check_certified(_: SiteMove, stage: stages.Idle, certificate: messages.Certificate) -> None:

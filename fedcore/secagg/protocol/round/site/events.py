@@ -25,7 +25,8 @@ class SiteParams:
     minimum: the smallest cohort it takes part in, if the plan's threshold is lower. timeout: how long it waits
     at any stage, in seconds; well above the coordinator's, or the site leaves a round that is still good.
     only_with: {purpose: sites}; a sum of this purpose is given with exactly these, because the ledger of
-    this site has one over the same rows (PROTOCOL H, across jobs).
+    this site has one over the same rows (PROTOCOL H, across jobs). ahead: keys and shares for the round after this
+    one are sent while this one is released, where coordinator and sites are apart.
     """
 
     id: SiteId
@@ -38,6 +39,7 @@ class SiteParams:
     minimum: int = 3
     timeout: float = 1800.0
     only_with: Mapping[str, tuple[SiteId, ...]] = field(default_factory=dict)
+    ahead: bool = False
 
     @property
     def least(self) -> int:

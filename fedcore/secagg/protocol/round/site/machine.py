@@ -5,7 +5,14 @@ from dataclasses import replace
 from fedcore.secagg.protocol import messages
 from fedcore.secagg.protocol.messages import COORDINATOR, THIS_SITE
 from fedcore.secagg.protocol.moves import Restarted, Tick, ignore, not_legal, on, table
-from fedcore.secagg.protocol.round.site import between, events, releasing, sharing, stages
+from fedcore.secagg.protocol.round.site import (
+    between,
+    events,
+    following,
+    releasing,
+    sharing,
+    stages,
+)
 from fedcore.secagg.protocol.round.site.entries import SiteEffect, SiteMove, evolve
 from fedcore.secagg.protocol.round.site.stages import answered
 from fedcore.secagg.protocol.wire_form import type_name
@@ -27,7 +34,7 @@ MOVES = table(
     on(stages.BETWEEN, messages.Abandon, ignore),  # sent to sites that left, too
     on(stages.BETWEEN, messages.Notice, ignore),  # of a round that this site has left
     on(stages.BETWEEN, Tick, ignore),
-    on(stages.BETWEEN, events.SessionRestored, ignore),
+    on(stages.BETWEEN, events.SessionRestored, between.session_restored),
     on(stages.BETWEEN, Restarted, ignore),
     on(stages.Advertised, messages.KeyBundle, sharing.share_secrets, stages.Shared),
     on(stages.Shared, messages.Delivery, sharing.open_shares, stages.Masking),
@@ -37,6 +44,8 @@ MOVES = table(
     on(stages.Confirmed, messages.Confirmations, releasing.answer_unmask, stages.Answered),
     on(stages.Confirmed, messages.Aggregate, releasing.begin_opening, stages.Opening),
     on(stages.Answered, messages.Aggregate, releasing.begin_opening, stages.Opening),
+    on(stages.EXPOSED, messages.NextBundle, following.take_bundle),
+    on(stages.BETWEEN, messages.NextBundle, ignore),  # this round has ended here
     on(stages.Opening, events.SumOpened, releasing.state_sum, stages.Stated),
     on(stages.Stated, messages.Certificate, releasing.release, stages.Idle),
     on(stages.IN_ROUND, messages.Abandon, releasing.abandon, stages.Idle),

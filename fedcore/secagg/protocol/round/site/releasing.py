@@ -17,8 +17,14 @@ from fedcore.secagg.protocol import checks, effects, messages
 from fedcore.secagg.protocol.messages import COORDINATOR, listed, sign, survivors_of
 from fedcore.secagg.protocol.moves import Restarted
 from fedcore.secagg.protocol.round.site import entries, events, stages
-from fedcore.secagg.protocol.round.site.between import check_company, draw_keys
+from fedcore.secagg.protocol.round.site.between import check_company
 from fedcore.secagg.protocol.round.site.entries import SiteMove
+from fedcore.secagg.protocol.round.site.following import (
+    confirmed_by,
+    draw_next,
+    send_keys,
+    share_ahead,
+)
 from fedcore.secagg.protocol.round.site.stages import exchange
 from fedcore.secagg.protocol.wire_form import digest, type_name
 
@@ -63,10 +69,18 @@ def confirm_list(move: SiteMove, stage: stages.Submitted, request: messages.Surv
     if not stage.header.layers.masks:
         raise OutOfOrder("message", "SurvivorList", "none under `encrypted`", COORDINATOR)
     _check_list(member, stage, request)
-    lists = stage.bundle, digest(stage.cohort), listed(request.submissions)
-    confirm = sign(messages.Confirm(h, member.id, *lists, b""), member.identity)
+    lists, drawn = (
+        (stage.bundle, digest(stage.cohort), listed(request.submissions)),
+        draw_next(member, h),
+    )
+    keys = b"" if drawn is None else digest(drawn.keys)
+    confirm = sign(messages.Confirm(h, member.id, *lists, keys, b""), member.identity)
     move.record(entries.ListSigned(request.submissions, confirm, exchange(request, confirm)))
     move.send(confirm)
+    if drawn is not None:
+        assert isinstance(move.stage, stages.Confirmed)
+        move.stage = replace(move.stage, drawn=drawn)
+        move.send(drawn.keys)
 
 
 def answer_unmask(move: SiteMove, stage: stages.Confirmed, request: messages.Confirmations) -> None:
@@ -83,6 +97,8 @@ def answer_unmask(move: SiteMove, stage: stages.Confirmed, request: messages.Con
     answers = tuple(_one_share(held[of], of in survivors) for of in stage.cohort)
     unmask = messages.Unmask(stage.header.digest, member.id, answers)
     move.record(entries.UnmaskAnswered(exchange(request, unmask)))
+    assert isinstance(move.stage, stages.Answered)
+    move.stage = replace(move.stage, drawn=confirmed_by(stage.drawn, request.confirms))
     move.send(unmask)
 
 
@@ -114,6 +130,8 @@ def begin_opening(
             check_company(member, header, survivors_of(stage.submissions), "survivor list")
     move.record(entries.SumAnnounced(request, exchange(request)))
     assert isinstance(move.stage, stages.Opening)
+    if isinstance(stage, stages.Answered):
+        move.stage = replace(move.stage, drawn=stage.drawn)
     move.do(open_sum(move.stage))
 
 
@@ -125,19 +143,20 @@ def open_sum(stage: stages.Opening) -> effects.OpenSum:
 
 
 def state_sum(move: SiteMove, stage: stages.Opening, opened: events.SumOpened) -> None:
-    """Sign what was found in the sum; with it go keys for the next round, first: the statement may end this one."""
+    """Sign what was found in the sum; before it go keys for the next round, since the statement may end this one, and
+    after it shares for that round."""
     member, h = move.member, stage.header.digest
     found = digest(survivors_of(stage.submissions)), opened.sum_mac, opened.state_mac
     statement = sign(messages.Statement(h, member.id, *found, b""), member.identity)
     move.record(entries.SumStated(statement))
     if opened.following is not None:
-        header, tag = opened.following.header, opened.following.state_tag
-        ahead = draw_keys(member, header, tag, stage.standing.key_id)
-        move.record(entries.KeysSentAhead(header.round))
         assert isinstance(move.stage, stages.Stated)
-        move.stage = replace(move.stage, ahead=ahead)
-        move.send(ahead.keys)
+        move.stage = replace(move.stage, drawn=stage.drawn)
+        send_keys(move, opened.following)
     move.send(statement)
+    if opened.following is not None:
+        assert isinstance(move.stage, stages.Stated)
+        share_ahead(move, move.stage)
 
 
 def release(move: SiteMove, stage: stages.Stated, certificate: messages.Certificate) -> None:
@@ -219,6 +238,8 @@ def resend(move: SiteMove, stage: stages.InRound, _: events.SessionRestored | Re
         if isinstance(stage, stages.Stated) and stage.ahead is not None:
             move.send(stage.ahead.keys)
         move.answer_again(stage.history[-1])
+        if isinstance(stage, stages.Stated) and stage.ahead is not None and stage.ahead.sealed:
+            move.send(stage.ahead.sealed.shares)
 
 
 def restart(move: SiteMove, stage: stages.InRound, event: Restarted) -> None:

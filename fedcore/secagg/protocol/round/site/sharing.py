@@ -19,27 +19,61 @@ from fedcore.secagg.protocol.wire_form import digest, encode, encode_message
 from fedcore.types import SiteId
 
 
-def share_secrets(move: SiteMove, stage: stages.Advertised, bundle: messages.KeyBundle) -> None:
-    """Check the key bundle (U1); split and seal both secrets for each of its sites."""
-    member, header = move.member, stage.header
-    _check_bundle(member, stage, bundle)
+def share_secrets(
+    move: SiteMove, stage: stages.Advertised, bundle: messages.KeyBundle, *, sent: bool = False
+) -> None:
+    """Check the key bundle (U1); split and seal both secrets for each of its sites, once. sent: that was ahead."""
+    _check_bundle(move.member, stage, bundle)
+    if stage.sealed is None:
+        own, shares = make_shares(move.member, stage.header, stage.secrets, bundle.keys)
+    else:
+        _check_sealed(stage.sealed, bundle)
+        own, shares = stage.sealed.own, stage.sealed.shares
+    move.record(entries.SharesMade(bundle.keys, own, shares, exchange(bundle, shares)))
+    if not sent:
+        move.send(shares)
+
+
+def make_shares(
+    member: SiteParams,
+    header: RoundHeader,
+    secrets: stages.Secrets,
+    bundle: Sequence[messages.Keys] | Sequence[messages.NextKeys],
+) -> tuple[stages.HeldShares, messages.Shares]:
+    """Split both secrets of a round, and seal a share of each for every site of the bundle.
+
+    Returns the shares that this site keeps of its own, and the message with the others.
+    """
     count, draw = len(header.roster), member.entropy.draw
     self_shares, root_shares = (
         shamir.split(secret.reveal(), header.threshold, count, draw)
-        for secret in (stage.secrets.self_seed, stage.secrets.root)
+        for secret in (secrets.self_seed, secrets.root)
     )
     pairs = list(zip(self_shares, root_shares, strict=True))
-    channel, root = stage.secrets.keys
+    channel, root = secrets.keys
     parcels = tuple(
         _parcel(member, header, keys, pairs[header.place(keys.site)], channel, root)
-        for keys in bundle.keys
+        for keys in bundle
     )
     listed = tuple((parcel.recipient, digest(parcel)) for parcel in parcels)
     head = sign(messages.SharesHead(header.digest, member.id, listed, b""), member.identity)
-    shares = messages.Shares(head, parcels)
     own = stages.HeldShares(member.id, *map(SecretBytes, pairs[header.place(member.id)]))
-    move.record(entries.SharesMade(bundle.keys, own, shares, exchange(bundle, shares)))
-    move.send(shares)
+    return own, messages.Shares(head, parcels)
+
+
+def _check_sealed(sealed: stages.SealedAhead, bundle: messages.KeyBundle) -> None:
+    """Shares were sealed ahead for these very keys: secrets are split once, and each share can be opened."""
+    for keys, before in zip(bundle.keys, sealed.bundle, strict=False):
+        if (keys.site, keys.public) != (before.site, before.public):
+            raise KeyRefused(
+                "key bundle", f"other public keys of {keys.site!r}", "those that shares are sealed for",
+                keys.site,
+            )  # fmt: skip
+    if len(bundle.keys) != len(sealed.bundle):
+        raise KeyRefused(
+            "key bundle", f"{len(bundle.keys)} sites", f"the {len(sealed.bundle)} that shares are sealed for",
+            COORDINATOR,
+        )  # fmt: skip
 
 
 def _check_bundle(member: SiteParams, stage: stages.Advertised, bundle: messages.KeyBundle) -> None:
@@ -65,7 +99,7 @@ def _context(header: RoundHeader, sender: SiteId, recipient: SiteId) -> bytes:
 def _parcel(
     member: SiteParams,
     header: RoundHeader,
-    keys: messages.Keys,
+    keys: messages.Keys | messages.NextKeys,
     shares: tuple[bytes, bytes],
     channel: HybridKey,
     root: MaskRoot,

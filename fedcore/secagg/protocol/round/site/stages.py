@@ -1,11 +1,12 @@
 """The stages of a site in a round: each holds only what is true in it."""
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self, get_args
 
 from fedcore.errors import Conflicting
-from fedcore.secagg.crypto.hybrid import HybridKey
+from fedcore.secagg.crypto.hybrid import HybridKey, HybridPublic
 from fedcore.secagg.crypto.pairwise import MaskRoot
 from fedcore.secagg.crypto.secret import SecretBytes
 from fedcore.secagg.plan import RoundHeader
@@ -87,6 +88,12 @@ class Secrets:
         """The channel key and the mask root with its keys, derived once: they are gone with these secrets."""
         return HybridKey.from_bytes(self.channel.reveal()), MaskRoot(self.root.reveal())
 
+    @property
+    def public(self) -> tuple[HybridPublic, HybridPublic, bytes]:
+        """The public keys of the envelopes and of the masks, and SHA-256 of the self-seed."""
+        channel, root = self.keys
+        return channel.public, root.keys.public, hashlib.sha256(self.self_seed.reveal()).digest()
+
     @classmethod
     def of(cls, channel: HybridKey, root: MaskRoot, self_seed: bytes) -> Self:
         """The secrets of these keys."""
@@ -106,6 +113,17 @@ class HeldShares:
 
 
 @dataclass(frozen=True)
+class SealedAhead:
+    """Shares that were sent before the round began. bundle: the public keys for which they are sealed. arrived: the
+    session in which they were sent has not ended since."""
+
+    bundle: tuple[messages.NextKeys, ...]
+    own: HeldShares
+    shares: messages.Shares
+    arrived: bool = True
+
+
+@dataclass(frozen=True)
 class Ahead:
     """The keys that a site sent for the round after a release, and what they belong to. In memory only: a new process
     has none, and the number of that round is used up.
@@ -117,6 +135,30 @@ class Ahead:
     state_tag: bytes
     secrets: Secrets
     keys: messages.Keys
+    sealed: SealedAhead | None = None
+
+
+@dataclass(frozen=True)
+class DrawnNext:
+    """Secrets for the round after this one, drawn with the confirmation. In memory only.
+
+    digests: {site: digest of its `NextKeys`}, as their confirmations sign them; empty before they are here.
+    bundle: the keys of all survivors, once they are here.
+    """
+
+    secrets: Secrets
+    keys: messages.NextKeys
+    digests: tuple[tuple[SiteId, bytes], ...] = ()
+    bundle: tuple[messages.NextKeys, ...] = ()
+
+
+@dataclass(frozen=True)
+class _NextDrawn:
+    """A stage that may have secrets for the round after this one."""
+
+    drawn: DrawnNext | None = field(
+        default=None, compare=False, kw_only=True, repr=False, metadata={"byte_form": False}
+    )
 
 
 @dataclass(frozen=True)
@@ -157,11 +199,14 @@ class _Begun:
 
 @record("Advertised")
 class Advertised(_Begun, Timed):
-    """Keys are sent; the bundle is awaited."""
+    """Keys are sent; the bundle is awaited. sealed: the shares, where they were sent ahead; in memory only."""
 
     secrets: Secrets
     keys: messages.Keys
     history: History
+    sealed: SealedAhead | None = field(
+        default=None, compare=False, kw_only=True, repr=False, metadata={"byte_form": False}
+    )
 
 
 @record("Shared")
@@ -198,7 +243,7 @@ class Submitted(_Begun, Timed):
 
 
 @record("Confirmed")
-class Confirmed(_Begun, Timed):
+class Confirmed(_Begun, Timed, _NextDrawn):
     """One survivor list is signed; the others' signatures are awaited."""
 
     cohort: tuple[SiteId, ...]
@@ -209,7 +254,7 @@ class Confirmed(_Begun, Timed):
 
 
 @record("Answered")
-class Answered(_Begun):
+class Answered(_Begun, _NextDrawn):
     """Unmask is answered, so the round counts as released; the sum is awaited. The shares are gone."""
 
     submissions: tuple[messages.Submit, ...]
@@ -217,7 +262,7 @@ class Answered(_Begun):
 
 
 @record("Opening")
-class Opening(_Begun):
+class Opening(_Begun, _NextDrawn):
     """The sum is being opened and its tag checked."""
 
     submissions: tuple[messages.Submit, ...]
@@ -226,7 +271,7 @@ class Opening(_Begun):
 
 
 @record("Stated")
-class Stated(_KeysAhead):
+class Stated(_KeysAhead, _NextDrawn):
     """What the sum leads to is signed; the certificate is awaited, and nothing is applied before it."""
 
     standing: SiteProgress
