@@ -31,7 +31,7 @@ class AttackedTask:
 
 def _of_linear_layers(task: Task) -> Task:
     """The same pictures for a model that is linear over them."""
-    return replace(task, name="fashion-linear", model=fashion.linear_model)
+    return replace(task.with_settings({"network": "dense"}), name="fashion-linear")
 
 
 _FASHION = {"task": "fashion", "sites.rows": fashion.ROWS_HERE, "sites.n": 4}

@@ -66,6 +66,16 @@ def test_the_sites_of_fashion_keep_its_test_part_apart():
     model = fashion.task.model()
     assert model(x).shape == (8, 10)
     assert sum(p.numel() for p in model.parameters()) == 56_714
+    dense = fashion.task.with_settings({"network": "dense"}).model()
+    assert dense(x).shape == (8, 10)
+    assert sum(p.numel() for p in dense.parameters()) == 50_890
+
+
+def test_fashion_refuses_a_network_that_it_does_not_have():
+    task = fashion.task.with_settings({"network": "resnet"})
+    with pytest.raises(BadInput, match=r"task\.network: found 'resnet'") as refused:
+        task.model()
+    assert refused.value.remedy
 
 
 @pytest.mark.parametrize("by", ["iid", "label", "features"])
