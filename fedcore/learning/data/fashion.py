@@ -130,7 +130,7 @@ def model(network: str = "convolutional") -> nn.Module:
     if network != "convolutional":
         raise BadInput(
             f"task.network: found {network!r}, expected 'convolutional' or 'dense'",
-            remedy="`dense` is the one that trains faster, and knows the pictures less well",
+            remedy="`dense` is the one that trains faster",
         )
     return nn.Sequential(
         nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2),
