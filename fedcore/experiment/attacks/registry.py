@@ -12,6 +12,7 @@ from fedcore.experiment.attacks import (
     lying_site,
     membership,
     one_run_audit,
+    properties,
     reconstruction,
     reference_models,
     source,
@@ -47,6 +48,9 @@ ATTACKS: dict[str, Attack] = {
         "training rows told by two models, beside other rows", reference_models.rmia
     ),
     "source": Attack("whose rows they are, from the updates of all sites", source.source),
+    "property": Attack(
+        "which site has many rows of a class or category", properties.property_of_sites
+    ),
     "audit-step": Attack("the noise of one protected round, by canaries", one_run_audit.step),
     "audit-training": Attack(
         "the noise of all rounds, by rows of one site", one_run_audit.training

@@ -50,6 +50,7 @@ ATTACKED_TASKS = (
         ("audit-step", "audit-training"),
         {"task": "heart", "privacy.epsilon": 3, "protect.max_examples": 320},
     ),
+    AttackedTask(("property",), {"task": "heart"}),
     AttackedTask(("lying-site",), {"task": "heart"}),
 )
 
