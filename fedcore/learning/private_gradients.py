@@ -112,6 +112,19 @@ def clipped_sum(
     return total, TrainReport(1, len(order), losses / len(order) if len(order) else None)
 
 
+def clipped_rows(
+    task: Task, module: nn.Module, rows: Rows, *, clip: float, seed: int, round_: int, site: str
+) -> Gradients:
+    """(rows, d) float64: the gradient of each row's loss, of norm at most `clip`: what `clipped_sum` adds up where
+    the unit is a record. Raises as it does."""
+    refuse_task(task, module)
+    module.train()
+    size = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    with seeded(seed, round_, site, "train"), task_code(site, round_, LOOP_CODE):
+        found = [g for _, (g, _) in _batches(task, module, rows, np.arange(len(rows)), size)]
+    return _each_clipped(np.concatenate(found), clip) if found else np.empty((0, size))
+
+
 def clipped(update: FloatVector, clip: float) -> WideVector:
     """(d,) float64: a site's update, scaled down to the norm; zeros where it is not finite."""
     return _clipped(update.astype(np.float64)[None], clip)
@@ -131,11 +144,15 @@ def _codes(rows: Rows, unit: str, site: str) -> NDArray[np.int64]:
 
 def _clipped(gradients: Gradients, clip: float) -> WideVector:
     """(d,): the sum of (units, d) gradients, each scaled down to the norm."""
+    return np.asarray(_each_clipped(gradients, clip).sum(axis=0), dtype=np.float64)
+
+
+def _each_clipped(gradients: Gradients, clip: float) -> Gradients:
     norms = np.sqrt(np.square(gradients).sum(axis=1))
     finite = np.isfinite(norms)
     scale = np.where(finite, np.minimum(1.0, clip / np.maximum(norms, clip)) * _SHRINK, 0.0)
     usable = np.where(finite[:, None], gradients, 0.0)
-    return np.asarray((usable * scale[:, None]).sum(axis=0), dtype=np.float64)
+    return np.asarray(usable * scale[:, None], dtype=np.float64)
 
 
 def _batches(

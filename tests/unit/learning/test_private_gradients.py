@@ -12,7 +12,7 @@ from fedcore.errors import BadInput
 from fedcore.learning.data.groups import group_digests
 from fedcore.learning.data.rows import ArrayRows
 from fedcore.learning.model import FlatModel
-from fedcore.learning.private_gradients import clipped, clipped_sum
+from fedcore.learning.private_gradients import clipped, clipped_rows, clipped_sum
 
 
 def net():
@@ -56,6 +56,14 @@ def test_without_clipping_the_sum_is_the_gradient_of_the_summed_loss():
     nn.CrossEntropyLoss(reduction="sum")(module(rows.x), rows.y).backward()
     expected = torch.cat([p.grad.reshape(-1) for p in module.parameters()]).numpy()
     assert np.allclose(total_of(rows, clip=1e6)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_one_by_one_add_up_to_the_sum_and_are_each_clipped():
+    rows = rows_of()
+    each = clipped_rows(task_of(), net(), rows, clip=0.5, seed=0, round_=1, site="a")
+    assert each.shape == (23, len(total_of(rows)[0]))
+    assert np.linalg.norm(each, axis=1).max() <= 0.5
+    assert np.allclose(each.sum(axis=0), total_of(rows, 0.5)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("clip", [0.01, 0.5, 2.0])
