@@ -98,15 +98,23 @@ def _as_read(scene: Scene, protection: str) -> tuple[NDArray[np.float64], list[i
     """((sites, rows) how sure the model that the coordinator reads of each site is, rows of each site)."""
     sure, sizes = [], []
     rows: ArrayRows | None = None
+    prepared = prepare(scene.task, scene.of(protection))
+    federation, plan = prepared.federation, prepared.plan
+    # What sites keep from round to round is as it was only in a federation that has not been in the round yet.
+    fresh = plan.train.algorithm != "averaging" or plan.train.personal
+    start, step = federation.state, federation.step
     for target in range(len(scene.prepared.sites)):
-        prepared = prepare(
-            scene.task, scene.of(protection)
-        )  # the same rounds each time, by their seeds
-        federation, plan = prepared.federation, prepared.plan
-        while federation.step is None or federation.step.training_round < min(_ROUND, plan.rounds):
-            federation.advance()
+        if fresh and target:
+            prepared = prepare(scene.task, scene.of(protection))
+            federation = prepared.federation
+        if fresh or not target:
+            while federation.step is None or federation.step.training_round < min(
+                _ROUND, plan.rounds
+            ):
+                federation.advance()
+            start, step = federation.state, federation.step
+        federation.state, federation.step = start, step  # the same round for each target
         trace = RoundTrace(target, (target + 1) % len(plan.sites))
-        start = federation.state
         federation.advance(trace)
         bound, bits = start.server.bound, plan.packing.bits
         read = held(trace, plan, federation.engine.sealer)[COORDINATOR].upload
