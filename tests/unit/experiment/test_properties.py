@@ -70,7 +70,11 @@ def test_each_site_has_rows_enough_of_what_is_asked():
 @pytest.mark.parametrize(
     ("task", "settings", "reason"),
     [
-        (None, {"task": "heart", "train.algorithm": "feddyn"}, "keep something from round"),
+        (
+            None,
+            {"task": "heart", "train.algorithm": "feddyn", "round.server": "fedavg"},
+            "keep something from round",
+        ),
         (tiny(), {}, "no class or category"),
     ],
 )
