@@ -294,4 +294,5 @@ def test_a_second_and_different_key_bundle(monkeypatch, without):
     )
     world.stages["ann"] = replace(world.stages["ann"])
     object.__setattr__(world.stages["ann"], "keys", world.keys["ann"])
+    object.__setattr__(world.stages["ann"], "sealed", None)
     assert shares_go_out(world, "ann", other) != world.shares["ann"]
