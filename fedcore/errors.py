@@ -18,6 +18,7 @@
     |       `-- ProtocolRefused    3  a message breaks the protocol, each rule a class below it
     |-- StoreProblem          2  a journal or spool that cannot be used here; nothing in it is lost
     |   `-- StoreFull         2  no room for more: the disk, or the spool's quota
+    |-- RankLost              2  another process of a run under torchrun has ended; its whole rounds are kept
     |-- DataLost              2  a stored file is gone and cannot be made again: what needs it fails
     `-- Abandoned             4  a round or run ended without a result
         `-- RoundAbandoned    4  fewer sites than the threshold; carries stage and left
@@ -292,6 +293,11 @@ class StoreProblem(FedcoreError):
 
 class StoreFull(StoreProblem):
     """No room for more, on the disk or within the quota; nothing of this step was kept."""
+
+
+class RankLost(FedcoreError):
+    """Another process of a run of several, under torchrun, has ended: the run goes on from its last whole round when
+    all of them are started again."""
 
 
 class DataLost(FedcoreError):

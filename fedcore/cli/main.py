@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcore.cli import benchmarks, flags, grids
+from fedcore.cli import benchmarks, flags, grids, torchrun
 from fedcore.cli.console import application, echo, emit_or_show, say, stderr
 from fedcore.cli.console import run as run_command
 from fedcore.cli.flags import AsJson, Force, JobFile, Out, Settings, job_command
@@ -94,6 +94,10 @@ def simulate(
 ) -> None:
     """Train one model over several sites on this machine. Also trains the arms that it is compared with."""
     settings = flags.of_flower_app(settings, flower_app, run_config)
+    asked = torchrun.Asked(lambda: _layers(job, settings), out, force, workers, resume)
+    if torchrun.follows():
+        torchrun.follow(asked)
+        return
     _starting("simulate", job or resume or flower_app, settings)
     if resume is not None and (settings or job or out):
         raise _settings_beside_resume("run")
@@ -111,7 +115,9 @@ def simulate(
 
     try:
         with closing(bar), ticking(bar.tick), reading_shown():
-            if resume is not None:
+            if torchrun.started():
+                run = torchrun.lead(asked, _quiet, bar.row, bar.step, ready)
+            elif resume is not None:
                 run = api.resume(
                     resume,
                     workers=workers,

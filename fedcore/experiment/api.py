@@ -66,7 +66,7 @@ def simulate(
         writer.start()
         if on_ready is not None:
             on_ready(prepared, directory)
-        return _run(prepared, writer, on_round, on_step, resume=False)
+        return run_prepared(prepared, writer, on_round, on_step, resume=False)
 
 
 def resume(
@@ -119,7 +119,7 @@ def _resume(
     _use(prepared, workers)
     if on_ready is not None:
         on_ready(prepared, path)
-    return _run(prepared, RunWriter(path, prepared), on_round, on_step, resume=True)
+    return run_prepared(prepared, RunWriter(path, prepared), on_round, on_step, resume=True)
 
 
 def _use(prepared: Prepared, workers: int | None) -> None:
@@ -154,7 +154,7 @@ def _job(
     return job_for(task if isinstance(task, Task) else None, *layers, settings)
 
 
-def _run(
+def run_prepared(
     prepared: Prepared,
     writer: RunWriter,
     on_round: OnRound | None,
@@ -162,12 +162,13 @@ def _run(
     *,
     resume: bool,
 ) -> Run:
+    """All rounds, and the files of the run in the writer's folder. resume: go on from the checkpoint there."""
     directory = writer.directory
     with closing(prepared.federation):
         experiment, result = run_experiment(
             prepared, writer, on_round, on_step=on_step, resume=resume
         )
-    writer.finish(experiment, in_folder(result, directory))
+        writer.finish(experiment, in_folder(result, directory))
     report.write(directory)
     return Run(directory, prepared.task)
 

@@ -112,14 +112,12 @@ class SplitGrid:
     def resume(self, directory: Path) -> None:
         """Raise AlreadyExists, which names a setting, where the folder's comparison has others than this one,
         and BadInput where the task or its rows are not what they were."""
-        then, now = _settings(read_json(directory / "job.json")), _settings(self.asked)
-        for key in then | now:
-            if then.get(key) != now.get(key):
-                raise AlreadyExists(
-                    f"--out: found {directory}, an unfinished comparison with {key} = {_shown(then.get(key))}, "
-                    f"expected {_shown(now.get(key))} as given",
-                    remedy="the same settings, which resume it, another --out, or --force",
-                )
+        if differs := first_differing(read_json(directory / "job.json"), self.asked):
+            key, then, now = differs
+            raise AlreadyExists(
+                f"--out: found {directory}, an unfinished comparison with {key} = {then}, expected {now} as given",
+                remedy="the same settings, which resume it, another --out, or --force",
+            )
         refuse_changed(read_json(directory / SPLITS / "inputs.json"), inputs_of(self.first))
 
     def left(self, directory: Path) -> list[Split]:
@@ -258,6 +256,15 @@ def kept_split(directory: Path, split: Split) -> tuple[RunResult, list[Json]]:
     """A finished split: its result, and its rows of rounds.jsonl."""
     found = read_json(split_file(directory, split))
     return RunResult.from_json(found["result"]), found["rows"]
+
+
+def first_differing(then: Json, now: Json) -> tuple[str, str, str] | None:
+    """The first setting in which two job.json differ, and its two values as text; None where they are equal."""
+    mine, yours = _settings(then), _settings(now)
+    for key in mine | yours:
+        if mine.get(key) != yours.get(key):
+            return key, _shown(mine.get(key)), _shown(yours.get(key))
+    return None
 
 
 def _settings(asked: Json) -> dict[str, object]:

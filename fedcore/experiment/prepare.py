@@ -146,8 +146,8 @@ class Prepared:
         found = [] if self.federation.engine.as_planned else ["sums exact, without cryptography"]
         if (chosen := self.federation.choice) is not None and not chosen.why:
             found.append(f"sites trained {chosen.name}")
-        if (workers := self.federation.workers) is not None:
-            found.append(f"{workers.count} workers")
+        if (dealing := self.federation.dealing) is not None:
+            found.append(f"{dealing.count} {dealing.called}")
         return found
 
     @property

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedcore.errors import BadInput, RoundAbandoned
-from fedcore.experiment.workers import Workers, refusal
+from fedcore.experiment.forked import fork_refusal
+from fedcore.experiment.workers import Dealing, Workers, refusal
 from fedcore.learning.executor import Choice, Executor, Sequential, choose
 from fedcore.learning.guard import Guard, judge_all
 from fedcore.learning.site import SiteTrainer
@@ -89,7 +90,7 @@ class Federation:
         self.leaving, self.watch, self.allow_few_sites = leaving, watch, allow_few_sites
         self.executor: Executor = Sequential()
         self.choice: Choice | None = None
-        self.workers: Workers | None = None
+        self.dealing: Dealing | None = None
         self.columns = sites[0].columns
         self.state = JobState.initial(plan, initial)
         self.step: PlannedRound | None = first_step(plan, len(self.columns))
@@ -104,26 +105,34 @@ class Federation:
 
     def use_workers(self, count: int) -> None:
         """Train and score the sites in so many processes from now on. Raises BadInput where that cannot be."""
-        job = self.sites[0].job
-        exact = isinstance(self.engine, ExactSum)
-        app = self.sites[0].task.app is not None
-        if why := refusal(self.plan, job.run.device, exact=exact, app=app):
+        device = self.sites[0].job.run.device
+        why = fork_refusal(accelerator=device != "cpu") or self.dealing_refusal
+        if why:
             raise BadInput(f"workers: found {count}, but {why}")
-        self.workers = Workers(self.executor, self.sites, self.plan, count)
-        self.executor = self.workers
+        self.deal(Workers(self.executor, self.sites, self.plan, count))
+
+    @property
+    def dealing_refusal(self) -> str:
+        """Why the sites cannot be trained by several processes, whoever starts them; "" where they can."""
+        exact, app = isinstance(self.engine, ExactSum), self.sites[0].task.app is not None
+        return refusal(self.plan, exact=exact, app=app)
+
+    def deal(self, dealing: Dealing) -> None:
+        """Train and score the sites in its processes from now on."""
+        self.executor = self.dealing = dealing
 
     def close(self) -> None:
-        """End the processes of `use_workers`."""
-        if self.workers is not None:
-            self.workers.close()
+        """End the processes that the sites are dealt to."""
+        if self.dealing is not None:
+            self.dealing.close()
 
     @property
     def about_executor(self) -> Json | None:
         """As `result.json` has it; None where one process trains the sites one after the other."""
         chosen = None if self.choice is None else self.choice.to_json()
-        if self.workers is None:
+        if self.dealing is None:
             return chosen
-        return (chosen or {"name": "sequential"}) | {"workers": self.workers.count}
+        return (chosen or {"name": "sequential"}) | {self.dealing.called: self.dealing.count}
 
     @property
     def purpose(self) -> Purpose | None:

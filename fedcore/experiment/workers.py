@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from fedcore.errors import BadInput
-from fedcore.experiment.forked import fork_refusal, forked, portable, settle
+from fedcore.experiment.forked import forked, portable, settle
 from fedcore.learning.executor import Executor
 from fedcore.learning.model import single_thread
 from fedcore.learning.rules import rules_of
@@ -56,11 +57,9 @@ DEATHS = 2
 _SPARE_BYTES = 1 << 20
 
 
-def refusal(plan: RoundPlan, device: str, *, exact: bool, app: bool) -> str:
+def refusal(plan: RoundPlan, *, exact: bool, app: bool) -> str:
     """Why a job's sites cannot be trained in other processes; "" where they can. exact: whether sums are made without
     the protocol; app: whether the task is a Flower app."""
-    if refused := fork_refusal(accelerator=device != "cpu"):
-        return refused
     if plan.server.groups is not None:
         return "sums are of groups of sites (round.aggregate)"
     if not exact and plan.layers.protects:
@@ -100,9 +99,9 @@ class _Work:
 
 
 @dataclass
-class _Found:
-    """The answer. parts: (indices, wides) of the sum that is in the process's memory, of so many coordinates; scored:
-    by the sites; seconds: by the stages of the watch; took: seconds in all."""
+class Found:
+    """The answer to some sites. indices, wides, reports: of the sum, of which a process of `Workers` has so many
+    coordinates in its memory; scored: by the sites; seconds: by the stages of the watch; took: seconds in all."""
 
     coordinates: int = 0
     wides: list[Any] = field(default_factory=list)
@@ -114,6 +113,30 @@ class _Found:
     error: BaseException | None = None
 
 
+def computed(
+    inner: Executor,
+    sites: Sequence[SiteTrainer],
+    plan: RoundPlan,
+    step: PlannedRound | None,
+    round_: int,
+    state: JobState,
+) -> tuple[Fields, Found]:
+    """The sum of these sites for a step, and what is beside it; without a step their scores."""
+    if step is None:
+        found = Found(indices=tuple(site.site.index for site in sites))
+        found.scored = [site.scored(state, round_) for site in sites]
+        return np.zeros(0, dtype=np.uint64), found
+    parts = list(inner.sums(sites, plan, step, state))
+    total: Fields = np.zeros(len(parts[0].coordinates), dtype=np.uint64)
+    for part in parts:
+        total += part.coordinates
+    found = Found(len(total), [wides for part in parts for wides in part.wides])
+    found.indices = tuple(index for part in parts for index in part.indices)
+    by_index = {site.site.index: site for site in sites}
+    found.reports = [by_index[index].report for index in found.indices]
+    return total, found
+
+
 @dataclass
 class _Process:
     process: ForkProcess
@@ -122,24 +145,19 @@ class _Process:
     work: _Work | None = None
 
 
-class Workers:
-    """An executor that deals pieces of a round to processes, the costliest first by what earlier rounds took.
+class Dealing(ABC):
+    """An executor that deals pieces of a round to several processes, called so in `result.json`.
 
-    inner: how each of them trains its sites. sites: all of the job. count: of processes; they are forked at the first
-    round, when the sites have their rows as inputs.
+    inner: how each of them trains its sites. sites: all of the job. count: of processes.
     """
+
+    called: str
 
     def __init__(
         self, inner: Executor, sites: Sequence[SiteTrainer], plan: RoundPlan, count: int
     ) -> None:
         self.inner, self.count, self.most = inner, count, min(MOST, getattr(inner, "chunk", MOST))
         self._sites, self._plan = sites, plan
-        self._processes: list[_Process] = []
-        self._memory: mmap.mmap | None = None
-        self._state: JobState | None = None
-        self._numbered = 0, 0
-        self._rates: dict[int, float] = {}
-        """{roster index: seconds a row when the site was last trained}."""
 
     def ready(
         self, sites: Sequence[SiteTrainer], plan: RoundPlan, state: JobState, round_: int
@@ -170,6 +188,38 @@ class Workers:
             site.keep_scored(state, round_, scored[site.site.index])
         return [scored[site.site.index] for site in sites]
 
+    @abstractmethod
+    def close(self) -> None:
+        """End the processes. Idempotent."""
+
+    @abstractmethod
+    def _dealt(
+        self,
+        some: Sequence[Sequence[SiteTrainer]],
+        step: PlannedRound | None,
+        round_: int,
+        state: JobState,
+    ) -> Iterator[tuple[Fields, Found]]:
+        """`computed` of all pieces, in any order. Raises what the first piece raises that raises anything."""
+
+
+class Workers(Dealing):
+    """The costliest piece first, by what earlier rounds took, to processes that are forked at the first round, when
+    the sites have their rows as inputs."""
+
+    called = "workers"
+
+    def __init__(
+        self, inner: Executor, sites: Sequence[SiteTrainer], plan: RoundPlan, count: int
+    ) -> None:
+        super().__init__(inner, sites, plan, count)
+        self._processes: list[_Process] = []
+        self._memory: mmap.mmap | None = None
+        self._state: JobState | None = None
+        self._numbered = 0, 0
+        self._rates: dict[int, float] = {}
+        """{roster index: seconds a row when the site was last trained}."""
+
     def close(self) -> None:
         """End the processes."""
         for each in self._processes:
@@ -185,8 +235,7 @@ class Workers:
         step: PlannedRound | None,
         round_: int,
         state: JobState,
-    ) -> Iterator[tuple[Fields, _Found]]:
-        """The answers to all pieces, in any order. Raises what the first piece raises that raises anything."""
+    ) -> Iterator[tuple[Fields, Found]]:
         self._share(state)
         work = [
             _Work(tuple(s.site.index for s in piece), step, round_, self._numbered)
@@ -231,7 +280,7 @@ class Workers:
         rows = {index: len(self._sites[index].site.train) for index in work.sites}
         return sum(count * rates.get(index, usual) for index, count in rows.items())
 
-    def _learn(self, work: _Work, found: _Found) -> None:
+    def _learn(self, work: _Work, found: Found) -> None:
         rows = sum(len(self._sites[index].site.train) for index in work.sites)
         if work.step is not None and rows:
             self._rates |= dict.fromkeys(work.sites, found.took / rows)
@@ -265,13 +314,13 @@ class Workers:
         with suppress(BrokenPipeError):  # it died: what is read next tells so
             to.connection.send(work)
 
-    def _received(self, each: _Process) -> tuple[_Work, _Found | None]:
+    def _received(self, each: _Process) -> tuple[_Work, Found | None]:
         """A process's answer to its work; None where it died, in whose place there is another one then."""
         work = each.work
         assert work is not None
         each.work = None
         with suppress(EOFError, ConnectionResetError):
-            found: _Found = each.connection.recv()
+            found: Found = each.connection.recv()
             return work, found
         each.process.join()
         code = each.process.exitcode or 0
@@ -306,7 +355,7 @@ class Workers:
         with single_thread(), suppress(*gone):
             while True:
                 work: _Work = connection.recv()
-                found, started = _Found(), time.perf_counter()
+                found, started = Found(), time.perf_counter()
                 watch.seconds = dict.fromkeys(watch.seconds, 0.0)
                 try:
                     if work.state[0] != number:
@@ -314,25 +363,13 @@ class Workers:
                         number, length = work.state
                         state = JobState.from_bytes(self._memory[:length])
                     assert state is not None
-                    self._answer(work, state, memory, found)
+                    sites = [self._sites[index] for index in work.sites]
+                    total, found = computed(
+                        self.inner, sites, self._plan, work.step, work.round, state
+                    )
+                    np.frombuffer(memory, np.uint64)[: len(total)] = total
                 except BaseException as error:  # noqa: BLE001 - it is raised again in the parent
                     found.error = portable(error, "a worker")
                 found.took, found.seconds = time.perf_counter() - started, dict(watch.seconds)
                 connection.send(found)
         os._exit(0)
-
-    def _answer(self, work: _Work, state: JobState, memory: mmap.mmap, found: _Found) -> None:
-        sites = [self._sites[index] for index in work.sites]
-        if work.step is None:
-            found.indices = work.sites
-            found.scored = [site.scored(state, work.round) for site in sites]
-            return
-        parts = list(self.inner.sums(sites, self._plan, work.step, state))
-        total: Fields = np.zeros(len(parts[0].coordinates), dtype=np.uint64)
-        for part in parts:
-            total += part.coordinates
-        np.frombuffer(memory, np.uint64)[: len(total)] = total
-        found.coordinates = len(total)
-        found.indices = tuple(index for part in parts for index in part.indices)
-        found.wides = [wides for part in parts for wides in part.wides]
-        found.reports = [self._sites[index].report for index in found.indices]
