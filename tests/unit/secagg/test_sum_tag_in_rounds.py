@@ -222,11 +222,25 @@ class Shift:
             self.sums += 1
             return total(fold)
 
-        def shifted(sealer, chunks, slots):
-            opened = open_(sealer, chunks, slots)
+        def shift(slots):
             if self.sums == self.which:  # at every site that opens this sum
-                opened[1:6] += np.uint64(40)
-            return opened
+                slots[1:6] += np.uint64(40)
+
+        def shifted(sealer, chunks, slots, each=None):
+            if each is None:
+                opened = open_(sealer, chunks, slots)
+                shift(opened)
+                return opened
+            first = True
+
+            def take(found):  # in place, before the tag is computed of them
+                nonlocal first
+                if first:
+                    shift(found)
+                first = False
+                each(found)
+
+            return open_(sealer, chunks, slots, take)
 
         stand_in(fold, total=counted)
         stand_in(sealer, open=shifted)
