@@ -146,9 +146,7 @@ def _which_site(scene: Scene, wanted: Property, protection: str) -> AttackRow:
             rounds.score(turn, np.arange(sites) == lot, each)[COORDINATOR] for each in (lot, other)
         )
         hits += int(has > not_)
-    low, high = share_interval(hits, _TRIALS)
-    beyond = share_interval(hits, _TRIALS, 0.998)[0] > 0.5
-    told = "better than by chance" if beyond else "no better than by chance"
+    low, high, beyond, told = _beyond_chance(hits)
     return AttackRow(
         _NAME, COORDINATOR, UPLOAD, protection, f"{wanted.about}, {wanted.rows} rows", _TRIALS, _OF_SITE,
         hits / _TRIALS, low, high, 0.5, beyond, rounds.about,
@@ -156,6 +154,13 @@ def _which_site(scene: Scene, wanted: Property, protection: str) -> AttackRow:
         f"in {hits} of {_TRIALS} rounds, {told}.",
         _NOT_SHOWN[UPLOAD],
     )  # fmt: skip
+
+
+def _beyond_chance(hits: int) -> tuple[float, float, bool, str]:
+    """The 95 % interval of the share of hits, and whether it is above one half, in words, too."""
+    low, high = share_interval(hits, _TRIALS)
+    beyond = share_interval(hits, _TRIALS, 0.998)[0] > 0.5
+    return low, high, beyond, "better than by chance" if beyond else "no better than by chance"
 
 
 def _of_all_rows(scene: Scene, wanted: Property, protection: str) -> AttackRow:
@@ -166,9 +171,7 @@ def _of_all_rows(scene: Scene, wanted: Property, protection: str) -> AttackRow:
     for turn, coin in enumerate(coins):
         score = rounds.score(turn, np.full(len(wanted.of), coin), 0)[SITE]
         hits += int((score > 0) == coin)
-    low, high = share_interval(hits, _TRIALS)
-    beyond = share_interval(hits, _TRIALS, 0.998)[0] > 0.5
-    told = "better than by chance" if beyond else "no better than by chance"
+    low, high, beyond, told = _beyond_chance(hits)
     return AttackRow(
         _NAME, SITE, SUM, protection, f"{wanted.about}, all sites alike", _TRIALS, _OF_ALL,
         hits / _TRIALS, low, high, 0.5, beyond, rounds.about,

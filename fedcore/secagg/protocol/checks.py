@@ -128,7 +128,7 @@ def keys(keys: messages.Keys, header: RoundHeader, pins: Pins) -> None:
     well_formed(keys)
 
 
-def well_formed(keys: messages.Keys | messages.NextKeys) -> None:
+def well_formed(keys: messages.PublicKeys) -> None:
     """Public keys of the right lengths and of no small order. Raises KeyRefused."""
     for public in (keys.channel, keys.mask):
         shared_of(public, (HybridPublic, keys.site), partial(public.check, keys.site))

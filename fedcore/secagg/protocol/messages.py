@@ -38,25 +38,31 @@ SEALED = "sealed"
 """Beside the type of a field that the coordinator passes on and cannot open."""
 
 
-@record("Keys")
-class Keys(FromOneSite):
-    """A site joins: its public keys of this round, and what it starts from.
-
-    self_seed_hash: SHA-256 of the self-seed, so that a rebuilt one can be checked.
-    state_tag: HMAC under G of the site's own state (PROTOCOL S). key_id: of the key epoch it holds (PROTOCOL E).
-    """
+@dataclass(frozen=True)
+class PublicKeys(FromOneSite):
+    """A site's public keys of one round. self_seed_hash: SHA-256 of the self-seed, to check a rebuilt one."""
 
     channel: HybridPublic
     mask: HybridPublic
     self_seed_hash: bytes
-    state_tag: bytes
-    key_id: bytes
-    signature: bytes
 
     @property
     def public(self) -> tuple[bytes, ...]:
         """All public values, which must be distinct over all sites."""
-        return public_values(self)
+        channel, mask = self.channel, self.mask
+        return channel.x25519, channel.mlkem, mask.x25519, mask.mlkem, self.self_seed_hash
+
+
+@record("Keys")
+class Keys(PublicKeys):
+    """A site joins: its public keys of this round, and what it starts from.
+
+    state_tag: HMAC under G of the site's own state (PROTOCOL S). key_id: of the key epoch it holds (PROTOCOL E).
+    """
+
+    state_tag: bytes
+    key_id: bytes
+    signature: bytes
 
 
 @record("Parcel")
@@ -127,18 +133,9 @@ class Confirm(FromOneSite):
 
 
 @record("NextKeys")
-class NextKeys(FromOneSite):
+class NextKeys(PublicKeys):
     """The public keys that a site will use in the round after this one, where all survivors go on. Its confirmation
     signs their digest; its `Keys` of that round, which name the state, contain the same."""
-
-    channel: HybridPublic
-    mask: HybridPublic
-    self_seed_hash: bytes
-
-    @property
-    def public(self) -> tuple[bytes, ...]:
-        """All public values, as of `Keys`."""
-        return public_values(self)
 
 
 @record("Answer")
@@ -343,12 +340,6 @@ def check_signature(message: Signed, pins: Mapping[SiteId, bytes]) -> None:
 def share_digest(header: bytes, of: SiteId, holder: SiteId, kind: str, share: bytes) -> bytes:
     """What a sender signs of one plaintext key share."""
     return digest((header, of, holder, kind, share))
-
-
-def public_values(keys: Keys | NextKeys) -> tuple[bytes, ...]:
-    """The five public values of a site's keys."""
-    channel, mask = keys.channel, keys.mask
-    return channel.x25519, channel.mlkem, mask.x25519, mask.mlkem, keys.self_seed_hash
 
 
 Sent = TypeVar("Sent", bound=FromOneSite | Shares)

@@ -107,10 +107,6 @@ class RoundDriver:
         stage = self._facts.stage
         if isinstance(stage, coordinator.InRound) and stage.header.digest == keys.header:
             self._ahead.announced[name] = keys
-        return self._next_bundle()
-
-    def _next_bundle(self) -> JobEffects:
-        stage = self._facts.stage
         bundle = self._ahead.bundle(stage) if isinstance(stage, coordinator.Unmasking) else None
         if bundle is None:
             return []

@@ -50,9 +50,8 @@ def join_round(move: SiteMove, stage: stages.Idle, event: events.Invited) -> Non
         return
     move.record(entries.Joined(*found, exchange(announce, ahead.keys)))
     assert isinstance(move.stage, stages.Advertised)
-    move.stage = replace(
-        move.stage, sealed=ahead.sealed
-    )  # asked for by a coordinator that lost them
+    # A coordinator that lost the shares asks anew, and gets the same ones.
+    move.stage = replace(move.stage, sealed=ahead.sealed)
     move.send(ahead.keys)
 
 

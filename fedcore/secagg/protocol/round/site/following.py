@@ -91,7 +91,7 @@ def send_keys(move: SiteMove, opened: events.Following) -> None:
         ahead = keys_of(move.member, *found, key_id, stage.drawn.secrets)
     move.record(entries.KeysSentAhead(opened.header.round))
     assert isinstance(move.stage, stages.Stated)
-    move.stage = replace(move.stage, ahead=ahead, drawn=stage.drawn)
+    move.stage = replace(move.stage, ahead=ahead)
     move.send(ahead.keys)
 
 

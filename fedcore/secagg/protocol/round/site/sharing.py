@@ -38,7 +38,7 @@ def make_shares(
     member: SiteParams,
     header: RoundHeader,
     secrets: stages.Secrets,
-    bundle: Sequence[messages.Keys] | Sequence[messages.NextKeys],
+    bundle: Sequence[messages.PublicKeys],
 ) -> tuple[stages.HeldShares, messages.Shares]:
     """Split both secrets of a round, and seal a share of each for every site of the bundle.
 
@@ -99,7 +99,7 @@ def _context(header: RoundHeader, sender: SiteId, recipient: SiteId) -> bytes:
 def _parcel(
     member: SiteParams,
     header: RoundHeader,
-    keys: messages.Keys | messages.NextKeys,
+    keys: messages.PublicKeys,
     shares: tuple[bytes, bytes],
     channel: HybridKey,
     root: MaskRoot,
