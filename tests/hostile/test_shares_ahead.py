@@ -208,3 +208,51 @@ def test_a_coordinator_that_lost_them_asks_and_gets_the_very_same_shares():
     parties.stages["s00"] = replace(asked, sealed=None)  # control: without what was sealed
     (_, second) = parties.step("s00", site.MessageFromCoordinator(thinner))
     assert second.message != first
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("of another round", "than it confirmed"),
+        ("of small order", "small order"),
+        ("a key twice", "distinct keys"),
+    ],
+)
+def test_keys_that_a_lying_site_confirmed_are_checked_as_those_of_an_announcement(how, told):
+    """Its confirmation signs their digest, so the coordinator passes them on."""
+    parties = Parties(4, ahead=True)
+    lies = {}
+
+    def lie(keys):
+        return {
+            "of another round": replace(keys, header=b"o" * 32),
+            "of small order": replace(keys, channel=replace(keys.channel, x25519=bytes(32))),
+            "a key twice": replace(keys, channel=keys.mask),
+        }[how]
+
+    def wire(message):
+        if isinstance(message, messages.Confirm) and message.site == "s01":
+            keys = lies["s01"] = lie(parties.stages["s01"].drawn.keys)
+            new = replace(message, next=following.digest(keys), signature=b"")
+            return sign(new, parties.members["s01"].identity)
+        if isinstance(message, messages.NextKeys) and message.site == "s01":
+            return lies["s01"]
+        return message
+
+    parties.wire = wire
+    assert isinstance(parties.play(), coordinator.Released)
+    assert parties.passed_on() and not parties.sent.shares
+    assert all(told in text for text in warnings(parties)) and len(warnings(parties)) >= 3
+
+
+def test_shares_are_sent_again_with_the_round_where_the_session_ended_since():
+    parties = released()
+    event = site.Invited(
+        messages.Announce(parties.header(), tuple(parties.sent.keys.values())),
+        parties.stages["s00"].ahead.state_tag,
+    )
+    parties.step("s01", event)  # control: in the same session they are not sent twice
+    parties.step("s00", site.SessionRestored())
+    parties.step("s00", event)
+    found = [name for name, message in sent(parties, -3) if isinstance(message, messages.Shares)]
+    assert found == ["s00"]
